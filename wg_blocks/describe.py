@@ -1,0 +1,39 @@
+"""Descriptions: what was seen in each artifact, as data and as prose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wg_core import Block, Port
+from wg_core.errors import PortValueError
+
+
+class DescribeItems(Block):
+    """Joins measured facts and texts about them to a description of each artifact.
+
+    Inputs: `facts`, one {artifact_id, ...} for each artifact, and `texts`, one text for each in the same order (a lone
+    text is one). Output `data`: {"items": [{artifact_id, text, facts}]}, where `facts` no longer holds the id.
+
+    Raises: PortValueError where the numbers differ, a fact names no artifact, or a text is empty.
+    """
+
+    ports = (
+        Port("facts", "in", "list", description="measured facts, one entry for each artifact"),
+        Port("texts", "in", "text|list", description="one text for each entry of facts"),
+        Port("data", "out", "dict", description="{items: [{artifact_id, text, facts}]}"),
+    )
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        facts, texts = inputs["facts"], inputs["texts"]
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if len(facts) != len(texts):
+            raise PortValueError(f"describe/items got {len(facts)} facts but {len(texts)} texts; give one for each")
+        items: list[dict[str, Any]] = []
+        for number, (fact, text) in enumerate(zip(facts, texts, strict=True)):
+            if not isinstance(fact.get("artifact_id"), str):
+                raise PortValueError(f"facts[{number}] has no artifact_id; measure artifacts, not pictures")
+            if not isinstance(text, str) or not text.strip():
+                raise PortValueError(f"texts[{number}] (artifact {fact['artifact_id'][:12]}) is empty or no text")
+            rest = {k: v for k, v in fact.items() if k != "artifact_id"}
+            items.append({"artifact_id": fact["artifact_id"], "text": text.strip(), "facts": rest})
+        return {"data": {"items": items}}

@@ -1,0 +1,170 @@
+"""From the ports of a language model block to chat messages: prompts, context that is packed whole, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from wg_core import Port
+from wg_core.errors import ConfigError, PortValueError, did_you_mean
+
+LLM_PORTS = (
+    Port("prompt", "in", "text|list", description="a text, a list of texts (a batch), or a list of {role, content}"),
+    Port(
+        "context",
+        "in",
+        "text|list|dict",
+        optional=True,
+        aggregation="concat",
+        description="ranked {text, source}",
+    ),
+    Port("system", "in", "text", optional=True),
+    Port("schema", "in", "dict", optional=True, description="JSON schema that the answer obeys"),
+    Port(
+        "params",
+        "in",
+        "dict",
+        optional=True,
+        description="call settings: temperature, max_new_tokens, seed, ...",
+    ),
+    Port("text", "out", "text|list", aliases=("output", "response"), streamable=True),
+    Port("data", "out", "dict|list|any", optional=True, description="the parsed answer, when a schema is given"),
+    Port("usage", "out", "dict", optional=True),
+)
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one call samples; `params` of the call override these.
+
+    `temperature` 0 takes the likeliest token. `repetition_penalty` divides the scores of words written before;
+    `no_repeat_ngram` N > 0 keeps the answer from copying N tokens in a row out of the prompt or out of itself.
+    `context_tokens` is the room for context items, `max_repairs` how often a broken structure is written again.
+    `stop` texts end a free answer and are left out; with `whole_sentences` one that runs out of tokens ends at its last
+    full sentence.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 1.15
+    no_repeat_ngram: int = 0
+    max_new_tokens: int = 256
+    context_tokens: int = 768
+    max_repairs: int = 2
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    whole_sentences: bool = False
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any] | None) -> Settings:
+        """Settings from a call's `params`; `max_tokens` is read as `max_new_tokens`.
+
+        Raises: ConfigError naming a key that is unknown or a value out of range.
+        """
+        given = dict(params or {})
+        if "max_tokens" in given:
+            given.setdefault("max_new_tokens", given.pop("max_tokens"))
+        names = [f.name for f in fields(cls)]
+        for key, value in given.items():
+            if key not in names:
+                raise ConfigError(f"params.{key} is not a setting of this model; {did_you_mean(str(key), names)}")
+            if key == "stop":
+                given[key] = value = (value,) if isinstance(value, str) else tuple(value)
+                good = all(isinstance(s, str) and s for s in value)
+            elif key == "whole_sentences":
+                good = isinstance(value, bool)
+            elif key == "seed":
+                good = value is None or (isinstance(value, int) and not isinstance(value, bool))
+            else:
+                low, high = _RANGES[key]
+                whole = key in _WHOLE
+                good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+                good = good and low <= value <= high
+            if not good:
+                allowed = f"; it lies in {_RANGES[key][0]}..{_RANGES[key][1]}" if key in _RANGES else ""
+                raise ConfigError(f"params.{key} cannot be {value!r}{allowed}")
+        return cls(**given)
+
+
+_WHOLE = {"top_k", "no_repeat_ngram", "max_new_tokens", "context_tokens", "max_repairs"}
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 5),
+    "top_p": (0.01, 1),
+    "top_k": (0, 100_000),
+    "repetition_penalty": (0.5, 3),
+    "no_repeat_ngram": (0, 64),
+    "max_new_tokens": (1, 32_768),
+    "context_tokens": (0, 1_000_000),
+    "max_repairs": (0, 5),
+}
+
+
+def conversations(inputs: Mapping[str, Any]) -> tuple[list[list[Message]], bool]:
+    """The chats that the inputs ask for, without context, and whether they are a batch (answers come as a list).
+
+    Raises: PortValueError for a prompt that is none of the three forms.
+    """
+    prompt, system = inputs["prompt"], inputs.get("system")
+    if isinstance(prompt, str):
+        chats, batch = [[{"role": "user", "content": prompt}]], False
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(p, str) for p in prompt):
+        chats, batch = [[{"role": "user", "content": p}] for p in prompt], True
+    elif isinstance(prompt, Sequence) and prompt and all(_is_message(p) for p in prompt):
+        chats, batch = [[{"role": p["role"], "content": p["content"]} for p in prompt]], False
+    elif isinstance(prompt, Sequence) and not prompt:
+        return [], True
+    else:
+        raise PortValueError("prompt is a text, a list of texts, or a list of {role, content} with text content")
+    if system:
+        for chat in chats:
+            if chat[0]["role"] == "system":
+                chat[0] = {"role": "system", "content": f"{system}\n\n{chat[0]['content']}"}
+            else:
+                chat.insert(0, {"role": "system", "content": system})
+    return chats, batch
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def context_items(value: Any) -> list[dict[str, str]]:
+    """Context in any accepted form as ranked `{text, source}` items."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        return [{"text": value, "source": ""}]
+    if isinstance(value, Mapping):
+        if isinstance(value.get("text"), str):
+            return [{"text": value["text"], "source": str(value.get("source", ""))}]
+        found = [(str(k), item) for k, v in value.items() for item in context_items(v)]
+        return [{"text": item["text"], "source": item["source"] or key} for key, item in found]
+    if isinstance(value, Sequence):
+        return [item for v in value for item in context_items(v)]
+    return [{"text": json.dumps(value, ensure_ascii=False, default=str), "source": ""}]
+
+
+def pack(items: Sequence[Mapping[str, str]], room: int, count: Callable[[str], int]) -> list[str]:
+    """Lines of the items that fit into `room` tokens, best first; an item is taken whole or not at all."""
+    lines: list[str] = []
+    for item in items:
+        line = f"- {' '.join(item['text'].split())}\n"
+        size = count(line)
+        if size <= room:
+            lines.append(line)
+            room -= size
+    return lines
+
+
+def with_context(chat: list[Message], lines: Sequence[str]) -> list[Message]:
+    """The chat with context lines put before its last user message."""
+    if not lines:
+        return chat
+    at = max((i for i, m in enumerate(chat) if m["role"] == "user"), default=len(chat) - 1)
+    known = f"What is known:\n{''.join(lines)}\n{chat[at]['content']}"
+    return [*chat[:at], {**chat[at], "content": known}, *chat[at + 1 :]]

@@ -1,0 +1,218 @@
+"""Builders: from a checked entry to a structure, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from wg_core.assembly.loader import Document, checked, parse, read
+from wg_core.assembly.models import KINDS, ExposureEntry, LevelEntry, ModelEntry, NodeEntry, StageEntry
+from wg_core.assembly.pool import ModelPool, default_pool
+from wg_core.assembly.registry import BlockRegistry, default_registry
+from wg_core.errors import ConfigError, NodeError, WGError, did_you_mean
+from wg_core.execution.block import Block
+from wg_core.execution.executable_graph import ExecutableGraph, LoopSpec, Node
+from wg_core.structure.topology import Edge
+
+
+@dataclass(slots=True)
+class Build:
+    """What building needs: registry, pool, the named models, and the document for error places."""
+
+    registry: BlockRegistry = field(default_factory=default_registry)
+    pool: ModelPool = field(default_factory=default_pool)
+    models: Mapping[str, ModelEntry] = field(default_factory=dict[str, ModelEntry])
+    document: Document = field(default_factory=lambda: Document(None, "<config>"))
+    where: tuple[str | int, ...] = ()
+
+    def at(self, *where: str | int) -> Build:
+        """The same, one step deeper in the document."""
+        return Build(self.registry, self.pool, self.models, self.document, (*self.where, *where))
+
+    def error(self, error: Exception) -> ConfigError:
+        """`error` as a ConfigError that begins with file, line and path."""
+        return self.document.error(self.where, str(error))
+
+
+def open_document(path: Path | str, *, root: Path | None = None) -> tuple[str, Document]:
+    """Read a file of any level and say its kind.
+
+    Raises: ConfigError.
+    """
+    document = read(path, root=root)
+    return kind_of_document(document), document
+
+
+def parse_document(text: str, source: str = "<text>") -> tuple[str, Document]:
+    """`open_document` for text; it may not refer to files.
+
+    Raises: ConfigError, also where the text holds a `ref`.
+    """
+    document = parse(text, source)
+    _refuse_refs(document, document.data, ())
+    return kind_of_document(document), document
+
+
+def _refuse_refs(document: Document, value: Any, where: tuple[str | int, ...]) -> None:
+    if isinstance(value, dict):
+        mapping = cast("dict[str, Any]", value)
+        if "ref" in mapping and mapping.keys() <= {"ref", "overrides"}:
+            raise document.error(where, "text may not refer to files; load the world from its file, or write the part out")
+        for key, below in mapping.items():
+            if where or key != "content":
+                _refuse_refs(document, below, (*where, key))
+    elif isinstance(value, list):
+        for i, below in enumerate(cast("list[Any]", value)):
+            _refuse_refs(document, below, (*where, i))
+
+
+def kind_of_document(document: Document) -> str:
+    """Raises: ConfigError for a missing or unknown kind."""
+    data = document.data
+    if not isinstance(data, dict):
+        raise document.error((), "this is not a mapping with a 'kind'")
+    kind = cast("dict[str, Any]", data).get("kind")
+    if kind not in KINDS:
+        raise document.error(("kind",) if kind is not None else (), f"unknown kind {kind!r}; {did_you_mean(str(kind), KINDS)}")
+    return str(kind)
+
+
+def checked_entry(document: Document, kind: str) -> Any:
+    """The document as the entry of `kind`. Raises: ConfigError."""
+    found = kind_of_document(document)
+    if found != kind:
+        raise document.error(("kind",), f"this is a {found}, a {kind} is needed here")
+    return checked(KINDS[kind], document)
+
+
+def fill_graph(graph: ExecutableGraph[Block], entries: list[NodeEntry], build: Build) -> None:
+    """Build the blocks of a graph through registry and pool; errors name the file, line and node."""
+    for i, entry in enumerate(entries):
+        here = build.at("nodes", i)
+        try:
+            graph.insert_node(
+                _block(graph, entry, build),
+                entry.node_id,
+                trainable=entry.trainable,
+                defaults={**_model_defaults(entry, build), **entry.defaults},
+                hints=entry.hints,
+            )
+        except WGError as error:
+            raise here.error(error) from error
+
+
+def _model_defaults(entry: NodeEntry, build: Build) -> Mapping[str, Any]:
+    return build.models[entry.model].defaults if entry.model in build.models else {}
+
+
+def _block(graph: ExecutableGraph[Block], entry: NodeEntry, build: Build) -> Block:
+    if entry.shares is not None:
+        if entry.shares not in graph.nodes:
+            raise NodeError(f"node {entry.node_id!r} shares {entry.shares!r}, which is no earlier node; {did_you_mean(entry.shares, graph.nodes)}")
+        return graph.nodes[entry.shares].child
+    if entry.model is not None:
+        model = build.models.get(entry.model)
+        if model is None:
+            raise NodeError(f"node {entry.node_id!r} names model {entry.model!r}; {did_you_mean(entry.model, build.models)}")
+        return build.registry.build({"block_type": model.block_type, "config": model.config}, pool=build.pool)
+    return build.registry.build({"block_type": entry.block_type, "config": entry.config}, pool=build.pool)
+
+
+def fill_level(
+    level: ExecutableGraph[Any], entry: LevelEntry | StageEntry, build: Build, child: Callable[[Any, Build], Any] | None = None
+) -> None:
+    """Everything that all levels share: children (with `child`), edges, exposed ports, links; then validation."""
+    if child is not None:
+        for i, node in enumerate(cast(Any, entry).nodes):
+            here = build.at("nodes", i)
+            below = child(node.config, here.at("config"))
+            try:
+                level.insert_node(below, node.node_id, trainable=node.trainable, defaults=node.defaults)
+            except WGError as error:
+                raise here.error(error) from error
+    for i, e in enumerate(entry.edges):
+        try:
+            level.add_edge(Edge(e.source_node, e.source_port, e.target_node, e.target_port, e.carry, e.origin))
+        except WGError as error:
+            raise build.at("edges", i).error(error) from error
+    for key, expose in (("exposed_inputs", level.expose_input), ("exposed_outputs", level.expose_output)):
+        exposures: list[ExposureEntry] = getattr(entry, key)
+        for i, x in enumerate(exposures):
+            try:
+                expose(x.node_id, x.port_name, x.name)
+            except WGError as error:
+                raise build.at(key, i).error(error) from error
+    level.title = entry.title
+    level.metadata = dict(entry.metadata)
+    level.links = list(entry.links)
+    level.hyperedges = list(entry.hyperedges)
+    level.loops = [
+        LoopSpec(
+            loop.loop_id, loop.num_steps, loop.until.model_dump() if loop.until else None, tuple(loop.order) if loop.order else None
+        )
+        for loop in getattr(entry, "loops", ())
+    ]
+    level.version += 1
+    result = level.validate(strict=False)
+    if not result.is_valid:
+        raise build.error(ConfigError(str(result)))
+
+
+def node_config(node: Node[Block], first_of: dict[int, str]) -> dict[str, Any]:
+    """A graph node as plain data; a block seen before is written as `shares`, unless the pool shares it by itself."""
+    block = node.child
+    entry: dict[str, Any] = {"node_id": node.node_id}
+    first = first_of.setdefault(id(block), node.node_id)
+    if first != node.node_id and block.model_ref() is None:
+        entry["shares"] = first
+    else:
+        entry.update(block.to_config())
+        if not entry["config"]:
+            del entry["config"]
+    if not node.trainable:
+        entry["trainable"] = False
+    if node.defaults:
+        entry["defaults"] = dict(node.defaults)
+    if node.hints:
+        entry["hints"] = dict(node.hints)
+    return entry
+
+
+def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all levels write: the inverse of `fill_level`."""
+
+    def edge(e: Edge) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "source_node": e.source_node, "source_port": e.source_port,
+            "target_node": e.target_node, "target_port": e.target_port,
+        }  # fmt: skip
+        if e.carry:
+            entry["carry"] = True
+        if e.origin != "manual":
+            entry["origin"] = e.origin
+        return entry
+
+    def exposed(direction: str) -> list[dict[str, Any]]:
+        return [
+            {**({"name": x.name} if x.name else {}), "node_id": x.node_id, "port_name": x.port_name}
+            for x in level.exposures(direction, explicit=True)
+        ]
+
+    def loop(spec: LoopSpec) -> dict[str, Any]:
+        values = {"num_steps": spec.num_steps, "until": dict(spec.until) if spec.until else None, "order": list(spec.order or ()) or None}
+        return {"loop_id": spec.loop_id, **{k: v for k, v in values.items() if v is not None}}
+
+    config: dict[str, Any] = {"kind": level.level, "schema_version": "1.0", "id": level.id, "nodes": nodes}
+    parts: dict[str, Any] = {
+        "title": level.title,
+        "metadata": dict(level.metadata),
+        "edges": [edge(e) for e in level.edges],
+        "loops": [loop(s) for s in level.loops],
+        "exposed_inputs": exposed("in"),
+        "exposed_outputs": exposed("out"),
+        "links": [x.model_dump(exclude_none=True) for x in level.links],
+        "hyperedges": [x.model_dump(exclude_none=True) for x in level.hyperedges],
+    }
+    return {**config, **{k: v for k, v in parts.items() if v}}

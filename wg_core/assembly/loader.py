@@ -1,0 +1,262 @@
+"""The one door for configuration text: YAML or JSON, plain data only, with file and line for every error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel
+from pydantic import ValidationError as PydanticError
+
+from wg_core.errors import ConfigError, did_you_mean
+from wg_core.structure.ids import safe_path
+
+MAX_BYTES = 4 * 1024 * 1024
+MAX_DEPTH = 60
+MAX_NODES = 200_000
+MAX_REF_DEPTH = 20
+
+Where = tuple[str | int, ...]
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")}
+_TEXT_FILES = (".txt", ".md")
+
+
+@dataclass(slots=True)
+class Document:
+    """Parsed configuration with the place of every value."""
+
+    data: Any
+    source: str
+    places: dict[Where, tuple[str, int]] = field(default_factory=dict[Where, tuple[str, int]])
+
+    def place(self, where: Where) -> str:
+        """`file:line` of a value, or of the nearest enclosing one."""
+        for end in range(len(where), -1, -1):
+            found = self.places.get(where[:end])
+            if found:
+                return f"{found[0]}:{found[1]}"
+        return self.source
+
+    def error(self, where: Where, message: str) -> ConfigError:
+        """A ConfigError that begins with file, line and path."""
+        path = ".".join(map(str, where))
+        return ConfigError(f"{self.place(where)}: {f'{path}: ' if path else ''}{message}")
+
+
+def parse(text: str, source: str = "<text>") -> Document:
+    """Parse YAML or JSON text into plain data.
+
+    Aliases, tags, duplicate keys, non-text keys, NaN and infinity are refused; size, depth and number of values are
+    limited. Dates stay text.
+
+    Raises: ConfigError with file and line.
+    """
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{source}: {len(text)} characters; the limit is {MAX_BYTES}")
+    try:
+        _check_events(text, source)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{source}{line}: not readable as YAML or JSON: {problem}") from None
+    document = Document(None, source)
+    document.data = None if node is None else _Builder(document).build(node, ())
+    return document
+
+
+def _check_events(text: str, source: str) -> None:
+    depth = count = documents = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise ConfigError(f"{source}:{line}: anchors and aliases are not allowed; write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None and not isinstance(event, yaml.DocumentStartEvent):
+            raise ConfigError(f"{source}:{line}: tag {str(tag)[:60]!r} is not allowed; configuration is plain data")
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise ConfigError(f"{source}:{line}: a second document begins here; one file holds one document")
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{source}:{line}: nested deeper than {MAX_DEPTH}")
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+        count += 1
+        if count > MAX_NODES:
+            raise ConfigError(f"{source}:{line}: more than {MAX_NODES} values")
+
+
+class _Builder:
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.scalars = yaml.SafeLoader("")
+
+    def build(self, node: Any, where: Where) -> Any:
+        document = self.document
+        document.places.setdefault(where, (document.source, node.start_mark.line + 1))
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for key_node, value_node in cast("list[tuple[Any, Any]]", node.value):
+                line = key_node.start_mark.line + 1
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise ConfigError(f"{document.source}:{line}: a key must be text")
+                key = key_node.value
+                if key_node.tag.endswith(":merge"):
+                    raise ConfigError(f"{document.source}:{line}: merge keys ('<<') are not allowed; write the values out")
+                if key in mapping:
+                    raise ConfigError(f"{document.source}:{line}: {'.'.join(map(str, (*where, key)))}: this key occurs twice")
+                document.places[(*where, key)] = (document.source, line)
+                mapping[key] = self.build(value_node, (*where, key))
+            return mapping
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*where, i)) for i, item in enumerate(cast("list[Any]", node.value))]
+        if node.tag not in _PLAIN:
+            raise document.error(where, f"value of kind {node.tag.rsplit(':', 1)[-1]!r} is not plain data")
+        if node.tag.endswith(":timestamp"):
+            return node.value
+        try:
+            value = self.scalars.construct_object(node)
+        except (ValueError, OverflowError) as error:
+            raise document.error(where, f"unreadable value: {error}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise document.error(where, "NaN and infinity are not allowed")
+        return value
+
+
+def read(path: Path | str, *, root: Path | None = None, refs: bool = True) -> Document:
+    """Parse a file; `{ref: other_file, overrides: {...}}` is replaced by that file's content.
+
+    References are relative to the file that makes them and stay inside `root` (default: the folder of `path`). A
+    `.txt` or `.md` file gives its text. Mappings below `content` are data, never references.
+
+    Raises: FileNotFoundError, ConfigError (unreadable, reference outside the root, missing or cyclic).
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text: {error}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file} is a folder; name a file") from None
+    document = parse(text, str(file))
+    if refs:
+        _Refs(document, (root or file.parent).resolve()).expand(file.resolve())
+    return document
+
+
+class _Refs:
+    def __init__(self, document: Document, root: Path) -> None:
+        self.document = document
+        self.root = root
+
+    def expand(self, file: Path) -> None:
+        self.document.data = self._walk(self.document.data, (), [file])
+
+    def _walk(self, value: Any, where: Where, files: list[Path]) -> Any:
+        if isinstance(value, dict):
+            mapping = cast("dict[str, Any]", value)
+            if "ref" in mapping and mapping.keys() <= {"ref", "overrides"}:
+                return self._load(mapping, where, files)
+            return {k: v if where == () and k == "content" else self._walk(v, (*where, k), files) for k, v in mapping.items()}
+        if isinstance(value, list):
+            return [self._walk(v, (*where, i), files) for i, v in enumerate(cast("list[Any]", value))]
+        return value
+
+    def _load(self, mapping: Mapping[str, Any], where: Where, files: list[Path]) -> Any:
+        document = self.document
+        name = mapping["ref"]
+        if not isinstance(name, str) or ":" in name:
+            raise document.error((*where, "ref"), f"ref is the path of a file, not {name!r}")
+        target = (files[-1].parent / name).resolve()
+        try:
+            safe_path(self.root, str(target))
+        except ConfigError:
+            raise document.error((*where, "ref"), f"{name!r} leaves the folder {str(self.root)!r}; refs stay inside it") from None
+        if target in files:
+            cycle = " -> ".join(f.name for f in [*files[files.index(target) :], target])
+            raise document.error((*where, "ref"), f"references go in a cycle: {cycle}")
+        if len(files) > MAX_REF_DEPTH:
+            raise document.error((*where, "ref"), f"references nested deeper than {MAX_REF_DEPTH}")
+        if not target.is_file():
+            raise document.error((*where, "ref"), f"there is no file {name!r} (looked for {target})")
+        if target.suffix in _TEXT_FILES:
+            if "overrides" in mapping:
+                raise document.error((*where, "overrides"), f"{name!r} is text; only mappings take overrides")
+            if target.stat().st_size > MAX_BYTES:
+                raise document.error((*where, "ref"), f"{name!r} is larger than {MAX_BYTES} bytes")
+            return target.read_text(encoding="utf-8")
+        below = read(target, refs=False)
+        for path, place in below.places.items():
+            document.places[(*where, *path)] = place
+        data = self._walk(below.data, where, [*files, target])
+        overrides = mapping.get("overrides")
+        return data if overrides is None else self._override(data, overrides, where)
+
+    def _override(self, data: Any, overrides: Any, where: Where) -> Any:
+        if not isinstance(data, dict) or not isinstance(overrides, dict):
+            raise self.document.error((*where, "overrides"), "overrides and the file they change are mappings")
+        merged = dict(cast("dict[str, Any]", data))
+        for key, value in cast("dict[str, Any]", overrides).items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = self._override(merged[key], value, (*where, key)) if both else value
+        return merged
+
+
+def checked(model: type[BaseModel], document: Document) -> Any:
+    """Validate a document against its schema.
+
+    Raises: ConfigError naming file, line, path and every problem (at most ten).
+    """
+    if not isinstance(document.data, dict):
+        raise document.error((), f"a mapping is needed here, not {type(document.data).__name__}")
+    try:
+        return model.model_validate(document.data)
+    except PydanticError as error:
+        problems = [_problem(model, document, e) for e in error.errors(include_url=False)[:10]]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _problem(model: type[BaseModel], document: Document, error: Any) -> str:
+    where: Where = tuple(error["loc"])
+    message: str = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = f"unknown key {where[-1]!r}; {did_you_mean(str(where[-1]), _fields(model, where[:-1]))}"
+    elif error["type"] == "missing":
+        message = f"key {where[-1]!r} is missing"
+        where = where[:-1]
+    else:
+        shown = repr(error.get("input"))
+        message = f"{message} (got {shown if len(shown) <= 60 else shown[:57] + '...'})"
+    return str(document.error(where, message))
+
+
+def _fields(model: type[BaseModel], where: Where) -> list[str]:
+    """Field names (as written in a file) of the model found at `where`."""
+    current: Any = model
+    for part in where:
+        if isinstance(part, int):
+            continue
+        fields = getattr(current, "model_fields", {})
+        match = next((f for n, f in fields.items() if (f.alias or n) == part), None)
+        if match is None:
+            continue
+        current = _inner_model(match.annotation) or current
+    return [f.alias or n for n, f in getattr(current, "model_fields", {}).items()]
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _inner_model(argument)
+        if found is not None:
+            return found
+    return None

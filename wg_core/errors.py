@@ -1,0 +1,150 @@
+"""Every error of the engine: one family, one class for each kind of mistake.
+
+All classes derive from `WGError` and from the builtin that a generic handler would expect.
+A message names the place, the two sides and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an error message: near spellings of `name`, else all of `known` (at most twelve)."""
+    names = sorted(set(known))
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    if not names:
+        return "there are none"
+    shown = ", ".join(repr(n) for n in names[:12])
+    return f"known: {shown}{', ...' if len(names) > 12 else ''}"
+
+
+class WGError(Exception):
+    """Root of all errors raised by the engine."""
+
+    def __str__(self) -> str:  # KeyError would print its message inside quotes
+        return Exception.__str__(self)
+
+
+class PortError(WGError, ValueError):
+    """A port is declared wrongly: bad or duplicate name, unknown type, aggregation on an output."""
+
+
+class UnknownBlockTypeError(WGError, KeyError):
+    """A block type, or the requested backend of it, is not registered."""
+
+
+class DuplicateBlockTypeError(WGError, ValueError):
+    """A block type is registered twice with different factories."""
+
+
+class ConfigError(WGError, ValueError):
+    """A configuration is wrong; carries file, line and path where they are known."""
+
+
+class NodeError(WGError, ValueError):
+    """A node id is invalid, taken or unknown, or a node is described in two ways at once."""
+
+
+class EdgeError(WGError, ValueError):
+    """An edge joins what cannot be joined."""
+
+
+class MissingInputError(WGError, ValueError):
+    """A required input was not given."""
+
+
+class UnexpectedInputError(WGError, ValueError):
+    """An input was given that nobody declares."""
+
+
+class PortValueError(WGError, TypeError):
+    """A value on a port is of the wrong kind."""
+
+
+class OutputContractError(WGError, RuntimeError):
+    """A block or stage did not return what it declares."""
+
+
+class StateDictError(WGError, KeyError):
+    """A state dict has missing, unexpected or mis-shaped keys."""
+
+
+class CheckpointError(WGError, ValueError):
+    """A checkpoint cannot be read or belongs to something else."""
+
+
+class ValidationError(WGError, ValueError):
+    """A structure is invalid; `result` holds all issues."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(str(result))
+        self.result = result
+
+
+class UnknownTemplateError(WGError, KeyError):
+    """No template has this name."""
+
+
+class TemplateParameterError(WGError, TypeError):
+    """A template was given an unknown or invalid parameter."""
+
+
+class MissingCredentialError(WGError, RuntimeError):
+    """The environment variable that should hold a provider's key is not set."""
+
+
+class ApiTimeoutError(WGError, RuntimeError):
+    """A provider did not answer in time."""
+
+
+class ApiRateLimitError(WGError, RuntimeError):
+    """A provider refused a call for its rate or quota."""
+
+
+class ApiResponseError(WGError, RuntimeError):
+    """A provider's answer is not a result."""
+
+
+class AdapterError(WGError, ValueError):
+    """A weight adapter cannot be attached to its target."""
+
+
+class ToolError(WGError, ValueError):
+    """A tool cannot be offered or called as asked."""
+
+
+class NodeExecutionError(WGError, RuntimeError):
+    """A block failed; names path, iteration and input kinds, with the original error as `__cause__`."""
+
+
+class AbortRun(WGError):  # noqa: N818 - a request, named as such in hooks
+    """Raised by a hook, or by cancelling, to stop a run cleanly."""
+
+
+class RunTimeoutError(WGError, TimeoutError):
+    """A run took longer than its `timeout`."""
+
+
+class SnapshotConflictError(WGError, RuntimeError):
+    """Another step was published, or another owner holds the world."""
+
+
+class CorruptSnapshotError(WGError, RuntimeError):
+    """Stored bytes do not match their hash."""
+
+
+class StaleOwnerError(WGError, RuntimeError):
+    """The run's owner epoch is no longer the current one: another run took the world over."""
+
+
+class MissingExtraError(WGError, ImportError):
+    """An optional package is not installed; the message gives the command that installs it."""
+
+
+class MissingModelError(WGError, FileNotFoundError):
+    """A model is not in the model store; the message gives the command that fetches it."""

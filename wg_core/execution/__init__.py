@@ -1,0 +1,1 @@
+"""How a structure runs: blocks, context, plan, walk, drivers, validation, events."""

@@ -1,0 +1,246 @@
+"""What a running block may know about its call: who it is in which world, seed, blobs, usage, events."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from wg_core.errors import AbortRun, ConfigError, RunTimeoutError
+from wg_core.execution.blobs import BlobStore, MemoryBlobs
+
+_log = logging.getLogger("wg_core.events")
+
+
+@dataclass(slots=True)
+class Event:
+    """Something that happened in a run, as hooks see it.
+
+    `kind` is one of run_start, run_end, node_start, node_end, node_error, loop_start, loop_iteration, loop_end,
+    stage_start, stage_end, snapshot, model_call, progress. `path` names the place (`pipeline/graph/node`), `elapsed`
+    is in seconds.
+    """
+
+    kind: str
+    path: str
+    level: str
+    node_id: str | None = None
+    iteration: int | None = None
+    num_steps: int | None = None
+    inputs: Mapping[str, Any] | None = None
+    outputs: Mapping[str, Any] | None = None
+    elapsed: float | None = None
+    trace_context: Any = None
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+Hook = Callable[[Event], None]
+
+
+class Cancel(Protocol):
+    """Anything like `threading.Event`: set it to stop a run."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """All options of a run, handed down unchanged to every level.
+
+    `num_loop_steps` is an int for all loops or a mapping by loop id; `per_node` overrides options for one child;
+    `capture` lists `path:port` whose values are added to the result; `timeout` is in seconds; `strict_types` checks
+    the kind of every value on every port and `guard_nan` stops at the first NaN or infinity.
+    """
+
+    training: bool = False
+    num_loop_steps: int | Mapping[str, int] | None = None
+    device: Any = None
+    callbacks: Sequence[Hook] = ()
+    dry_run: bool = False
+    seed: int | None = None
+    max_agent_steps: int | None = None
+    timeout: float | None = None
+    cancel: Cancel | None = None
+    trace_context: Any = None
+    per_node: Mapping[str, Mapping[str, Any]] | None = None
+    capture: Sequence[str] = ()
+    strict_types: bool = False
+    guard_nan: bool = False
+    blobs: BlobStore | None = None
+    extra: Mapping[str, Any] | None = None
+
+
+class Frame:
+    """One running level: mutable, private to one run. Blocks see it through `current_context()`."""
+
+    __slots__ = (
+        "blobs", "captured", "deadline", "hooks", "iteration", "level", "level_id", "node_id", "node_path", "options",
+        "parent", "path", "root", "usage", "watched",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        level: str,
+        level_id: str,
+        options: RunOptions,
+        parent: Frame | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        self.level = level
+        self.level_id = level_id
+        self.options = options
+        self.parent = parent
+        self.node_id: str | None = None
+        self.iteration: int | None = None
+        self.captured: dict[str, Any] = {}
+        if parent is None:
+            self.root: Frame = self
+            self.path = level_id
+            self.node_path = ""
+            self.hooks: tuple[Hook, ...] = (*hooks, *options.callbacks)
+            self.usage: dict[str, dict[str, int]] = {}
+            self.blobs: BlobStore = options.blobs if options.blobs is not None else MemoryBlobs()
+            self.deadline = None if options.timeout is None else time.monotonic() + options.timeout
+        else:
+            self.root = parent.root
+            under = parent.node_id if parent.node_id is not None else level_id
+            self.path = f"{parent.path}/{under}"
+            self.node_path = f"{parent.node_path}{under}/"
+            self.hooks = (*parent.hooks, *hooks) if hooks else parent.hooks
+            self.usage = parent.usage
+            self.blobs = parent.blobs
+            self.deadline = parent.deadline
+        self.watched = bool(
+            self.hooks
+            or self.deadline is not None
+            or options.cancel is not None
+            or options.capture
+            or options.strict_types
+            or options.guard_nan
+        )
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Tell all hooks; a failing hook is logged and the run goes on, `AbortRun` stops it."""
+        if not self.hooks:
+            return
+        node_id = fields.pop("node_id", None)
+        path = f"{self.path}/{node_id}" if node_id is not None else self.path
+        event = Event(
+            kind, path, self.level, node_id, trace_context=self.options.trace_context, **fields
+        )
+        for hook in self.hooks:
+            try:
+                hook(event)
+            except AbortRun:
+                raise
+            except Exception:
+                _log.exception("hook %r failed on %s at %s; the run goes on", hook, kind, path)
+
+
+FRAME: ContextVar[Frame | None] = ContextVar("wg_frame", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """An immutable look at the running call; see `current_context`."""
+
+    path: str = ""
+    world_id: str | None = None
+    stage_id: str | None = None
+    pipeline_id: str | None = None
+    graph_id: str | None = None
+    node_id: str | None = None
+    step: int | None = None
+    iteration: int | None = None
+    seed: int | None = None
+    training: bool = False
+    trace_id: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    blobs: BlobStore = field(default_factory=MemoryBlobs)
+    frame: Frame | None = field(default=None, repr=False, compare=False)
+
+    def node_seed(self) -> int:
+        """A seed in 0..2**63-1 derived from run seed, node path below the root, and iteration.
+
+        Equal runs give equal seeds, whatever the root is called; without a run seed it is that of seed 0.
+        """
+        place = f"{self.frame.node_path}{self.node_id}" if self.frame is not None else ""
+        return derive_seed(self.seed or 0, place, self.iteration or 0)
+
+    def add_usage(self, model: str, *, calls: int = 1, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        """Add to the run's ledger of model use."""
+        if self.frame is None:
+            return
+        row = self.frame.usage.setdefault(model, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
+        row["calls"] += calls
+        row["prompt_tokens"] += prompt_tokens
+        row["completion_tokens"] += completion_tokens
+
+    def emit(self, kind: str, **data: Any) -> None:
+        """Send an event of this node to the run's hooks; raises AbortRun where the run was cancelled."""
+        if self.frame is not None:
+            check_stop(self.frame)
+            self.frame.emit(kind, node_id=self.node_id, iteration=self.iteration, data=data)
+
+
+def derive_seed(seed: int, *parts: object) -> int:
+    """A seed in 0..2**63-1 from `seed` and a path (sha256, first 63 bits)."""
+    text = "\x1f".join([str(seed), *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def check_stop(frame: Frame) -> None:
+    """Raises: AbortRun if the run was cancelled, RunTimeoutError if its time is over."""
+    if frame.options.cancel is not None and frame.options.cancel.is_set():
+        raise AbortRun(f"{frame.path}: the run was cancelled")
+    if frame.deadline is not None and time.monotonic() > frame.deadline:
+        raise RunTimeoutError(f"{frame.path}: the run took longer than its timeout of {frame.options.timeout} s")
+
+
+_OUTSIDE = CallContext()
+
+
+def current_context() -> CallContext:
+    """The context of the call that runs now; outside any run an empty one whose methods work and keep nothing."""
+    frame = FRAME.get()
+    if frame is None:
+        return _OUTSIDE
+    ids: dict[str, str] = {}
+    at: Frame | None = frame
+    while at is not None:
+        ids.setdefault(at.level, at.level_id)
+        at = at.parent
+    extra = frame.options.extra or {}
+    return CallContext(
+        path=frame.path if frame.node_id is None else f"{frame.path}/{frame.node_id}",
+        world_id=ids.get("world"),
+        stage_id=ids.get("stage"),
+        pipeline_id=ids.get("pipeline"),
+        graph_id=ids.get("graph"),
+        node_id=frame.node_id,
+        step=extra.get("step"),
+        iteration=frame.iteration,
+        seed=frame.options.seed,
+        training=frame.options.training,
+        trace_id=frame.options.trace_context,
+        extra=extra,
+        blobs=frame.blobs,
+        frame=frame,
+    )
+
+
+def options_for(options: RunOptions, node_id: str | None) -> RunOptions:
+    """`options` with the overrides of `per_node[node_id]`.
+
+    Raises: ConfigError for an unknown option name.
+    """
+    if not options.per_node or node_id is None or node_id not in options.per_node:
+        return options
+    try:
+        return replace(options, **options.per_node[node_id])
+    except TypeError as error:
+        raise ConfigError(f"per_node[{node_id!r}]: {error}") from error

@@ -1,0 +1,662 @@
+"""The one container: nodes, edges, exposed ports, validation, plan, run. Graph, pipeline and stage are lines over it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
+
+from wg_core.errors import EdgeError, MissingInputError, NodeError, UnexpectedInputError, WGError, did_you_mean
+from wg_core.execution.block import Block, PortIndex
+from wg_core.execution.context import FRAME, Frame, Hook, RunOptions, options_for
+from wg_core.execution.plan import LOOP_PORTS, Call, Loop, LoopStart, Placeholder, Plan, compile_plan, copy_defaults
+from wg_core.execution.validate import ValidationResult, validate_structure
+from wg_core.execution.walk import walk
+from wg_core.structure.hyperlink import HyperEdge, HyperLink
+from wg_core.structure.ids import ID_PATTERN, check_id
+from wg_core.structure.port import UNSET, Port
+from wg_core.structure.topology import Edge
+
+Child = TypeVar("Child")
+Spec = dict[str, Any]
+
+
+class Executable(Protocol):
+    """What every level is: callable by name, inspectable, with blocks inside. Callers never ask which level it is."""
+
+    def get_input_spec(self) -> list[Spec]: ...
+    def get_output_spec(self) -> list[Spec]: ...
+    def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]: ...
+    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult: ...
+    def plan(self) -> Plan: ...
+    def iter_blocks(self) -> Iterator[Block]: ...
+
+
+class ExternalPort(Port):
+    """A port of a whole level, as its parent sees it; may be called `node:port`."""
+
+    __slots__ = ()
+    name_pattern = rf"(?:{ID_PATTERN})(?::[a-z][a-z0-9_]*)*"
+
+
+@dataclass(slots=True)
+class Node(Generic[Child]):
+    """A place in a structure: exactly one child, and what holds at this place only.
+
+    `defaults` gives values to unfed inputs; `hints` steer automatic wiring.
+    """
+
+    node_id: str
+    child: Child
+    trainable: bool = True
+    defaults: dict[str, Any] = field(default_factory=dict[str, Any])
+    hints: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def block(self) -> Child:
+        return self.child
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """A port of a child offered to the outside, under `name` or `node:port`."""
+
+    node_id: str
+    port_name: str
+    name: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.name or f"{self.node_id}:{self.port_name}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSpec:
+    """What is set about one cycle: its id, steps, order inside an iteration, and when to stop early."""
+
+    loop_id: str
+    num_steps: int | None = None
+    until: Mapping[str, str] | None = None
+    order: tuple[str, ...] | None = None
+
+
+class ExecutableGraph(Generic[Child]):
+    """A directed graph of children with typed ports that runs as a whole."""
+
+    level: ClassVar[str] = "graph"
+    allow_cycles: ClassVar[bool] = True
+
+    def __init__(self, id: str | None = None, *, metadata: Mapping[str, Any] | None = None) -> None:
+        self.id = check_id(id if id is not None else self.level, f"{self.level} id")
+        self.title: str | None = None
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.nodes: dict[str, Node[Child]] = {}
+        self.loops: list[LoopSpec] = []
+        self.links: list[HyperLink] = []
+        self.hyperedges: list[HyperEdge] = []
+        self.hooks: list[Hook] = []
+        self.version = 0
+        self._edges: dict[Edge, None] = {}
+        self._in: dict[str, list[Edge]] = {}
+        self._out: dict[str, list[Edge]] = {}
+        self._exposed: dict[str, list[Exposure]] = {"in": [], "out": []}
+        self._plan: Plan | None = None
+        self._valid_stamp: Any = None
+        self._external: tuple[Any, PortIndex] | None = None
+
+    # ---- override points -------------------------------------------------------------------------------------------
+
+    def ports_of(self, node: Node[Child]) -> PortIndex:
+        """The ports of a node's child."""
+        child = cast("Block | ExecutableGraph[Any]", node.child)
+        return child.port_index
+
+    def call_of(self, node: Node[Child]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What runs a node's child, called with its inputs."""
+        child = cast("Block | ExecutableGraph[Any]", node.child)
+        return child.forward
+
+    def stamp(self) -> Any:
+        """Changes whenever the structure, or that of a child, changes."""
+        return self.version
+
+    # ---- building --------------------------------------------------------------------------------------------------
+
+    def insert_node(
+        self,
+        child: Child,
+        node_id: str,
+        *,
+        trainable: bool = True,
+        defaults: Mapping[str, Any] | None = None,
+        hints: Mapping[str, str] | None = None,
+    ) -> str:
+        """Add a ready child under `node_id`.
+
+        Raises: NodeError for a taken id or a default of an unknown port, ConfigError for a bad id.
+        """
+        check_id(node_id, "node id")
+        if node_id in self.nodes:
+            raise NodeError(f"{self.id}: node id {node_id!r} is taken; choose another")
+        node = Node(node_id, child, trainable, {}, dict(hints or {}))
+        if defaults:
+            index = self.ports_of(node)
+            for key, value in defaults.items():
+                port = index.by_name.get(key)
+                if port is None or port.direction != "in":
+                    raise NodeError(f"{self.id}/{node_id}: default for unknown input {key!r}; {did_you_mean(key, index.inputs)}")
+                node.defaults[port.name] = value
+        self.nodes[node_id] = node
+        self._in[node_id] = []
+        self._out[node_id] = []
+        self.version += 1
+        return node_id
+
+    def get_node(self, node_id: str) -> Node[Child]:
+        """Raises: NodeError for an unknown id."""
+        node = self.nodes.get(node_id)
+        if node is None:
+            raise NodeError(f"{self.id} has no node {node_id!r}; {did_you_mean(node_id, self.nodes)}")
+        return node
+
+    def remove_node(self, node_id: str) -> None:
+        """Remove a node with its edges and exposed ports."""
+        self.get_node(node_id)
+        for edge in {*self._in[node_id], *self._out[node_id]}:
+            self._drop(edge)
+        del self.nodes[node_id], self._in[node_id], self._out[node_id]
+        for direction, kept in self._exposed.items():
+            self._exposed[direction] = [x for x in kept if x.node_id != node_id]
+        self.version += 1
+
+    def replace_block(self, node_id: str, child: Child) -> None:
+        """Put another child with the same ports into a node.
+
+        Raises: NodeError if a port that is in use is missing or of another direction or type.
+        """
+        node = self.get_node(node_id)
+        old, new = self.ports_of(node), self.ports_of(Node(node_id, child))
+        used = {e.target_port for e in self._in[node_id]} | {e.source_port for e in self._out[node_id]}
+        used |= {x.port_name for kind in self._exposed.values() for x in kind if x.node_id == node_id}
+        for name in used:
+            port = new.by_name.get(name)
+            if port is None or port.name != name or (port.direction, port.types) != (old.by_name[name].direction, old.by_name[name].types):
+                raise NodeError(f"{self.id}/{node_id}: the new block lacks port {name!r} as it is used; it has {sorted(new.by_name)}")
+        node.child = child
+        self.version += 1
+
+    def rename_node(self, node_id: str, new_id: str) -> None:
+        """Give a node another id; edges, exposed ports and place in the order stay."""
+        node = self.get_node(node_id)
+        check_id(new_id, "node id")
+        if new_id in self.nodes:
+            raise NodeError(f"{self.id}: node id {new_id!r} is taken")
+
+        def moved(name: str) -> str:
+            return new_id if name == node_id else name
+
+        node.node_id = new_id
+        self.nodes = {moved(k): v for k, v in self.nodes.items()}
+        edges = [
+            Edge(moved(e.source_node), e.source_port, moved(e.target_node), e.target_port, e.carry, e.origin) for e in self._edges
+        ]
+        self._edges = {}
+        self._in = {n: [] for n in self.nodes}
+        self._out = {n: [] for n in self.nodes}
+        for edge in edges:
+            self._keep(edge)
+        for direction, exposed in self._exposed.items():
+            self._exposed[direction] = [Exposure(moved(x.node_id), x.port_name, x.name) for x in exposed]
+        self.version += 1
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        return tuple(self._edges)
+
+    def edges_in(self, node_id: str) -> Sequence[Edge]:
+        return self._in[node_id]
+
+    def edges_out(self, node_id: str) -> Sequence[Edge]:
+        return self._out[node_id]
+
+    def add_edge(
+        self,
+        source: str | Edge,
+        source_port: str | None = None,
+        target: str | None = None,
+        target_port: str | None = None,
+        *,
+        carry: bool = False,
+        origin: str = "manual",
+    ) -> Edge:
+        """Join an output to an input; adding an equal edge again changes nothing.
+
+        Raises: EdgeError for unknown ends, a wrong direction, types that do not meet, a second feed of a single
+        input, or an edge from a node to itself that is not a carry edge.
+        """
+        if isinstance(source, Edge):
+            edge = source
+        else:
+            if source_port is None or target is None or target_port is None:
+                raise EdgeError(f"{self.id}: an edge needs source node, source port, target node and target port")
+            edge = Edge(source, source_port, target, target_port, carry, origin)
+        out = self._end(edge.source_node, edge.source_port, "out")
+        into = self._end(edge.target_node, edge.target_port, "in")
+        if (out.name, into.name) != (edge.source_port, edge.target_port):
+            edge = Edge(edge.source_node, out.name, edge.target_node, into.name, edge.carry, edge.origin)
+        if edge in self._edges:
+            return edge
+        if not out.compatible_with(into):
+            raise EdgeError(
+                f"{self.id}/{edge.target_node}.{into.name} takes {'|'.join(into.types)!r} but "
+                f"{edge.source_node}.{out.name} gives {'|'.join(out.types)!r}; put a block between that converts it"
+            )
+        if edge.source_node == edge.target_node and not edge.carry:
+            raise EdgeError(f"{self.id}: {edge} joins a node to itself; add carry=True to bring the previous iteration's value")
+        if into.aggregation == "single":
+            for other in self._in[edge.target_node]:
+                if other.target_port == into.name and other.carry == edge.carry:
+                    raise EdgeError(
+                        f"{self.id}/{edge.target_node}.{into.name} takes one {'carry' if edge.carry else 'data'} edge and has "
+                        f"{other}; remove that edge, or declare an aggregation on the port"
+                    )
+        self._keep(edge)
+        self.version += 1
+        return edge
+
+    def remove_edge(self, edge: Edge) -> None:
+        """Raises: EdgeError if there is no such edge."""
+        if edge not in self._edges:
+            raise EdgeError(f"{self.id} has no edge {edge}")
+        self._drop(edge)
+        self.version += 1
+
+    def _keep(self, edge: Edge) -> None:
+        self._edges[edge] = None
+        self._out[edge.source_node].append(edge)
+        self._in[edge.target_node].append(edge)
+
+    def _drop(self, edge: Edge) -> None:
+        del self._edges[edge]
+        self._out[edge.source_node].remove(edge)
+        self._in[edge.target_node].remove(edge)
+
+    def _end(self, node_id: str, port_name: str, direction: str, error: type[WGError] = EdgeError) -> Port:
+        node = self.nodes.get(node_id)
+        if node is None:
+            raise error(f"{self.id} has no node {node_id!r}; {did_you_mean(node_id, self.nodes)}")
+        index = self.ports_of(node)
+        port = index.by_name.get(port_name)
+        known = index.outputs if direction == "out" else index.inputs
+        if port is None:
+            raise error(f"{self.id}/{node_id} has no port {port_name!r}; {did_you_mean(port_name, known)}")
+        if port.direction != direction:
+            raise error(
+                f"{self.id}/{node_id}.{port_name} is an {port.direction}put where an {direction}put is needed; "
+                f"{did_you_mean(port_name, known)}"
+            )
+        return port
+
+    # ---- external ports --------------------------------------------------------------------------------------------
+
+    def expose_input(self, node_id: str, port: str, name: str | None = None) -> str:
+        """Offer a child's input under `name` (default `node:port`); one name may feed several ports.
+
+        Raises: NodeError for unknown ends, EdgeError for a single input that an edge feeds.
+        """
+        found = self._end(node_id, port, "in", NodeError)
+        if found.aggregation == "single":
+            for e in self._in[node_id]:
+                if e.target_port == found.name and not e.carry:
+                    raise EdgeError(f"{self.id}/{node_id}.{found.name} is fed by {e} already; remove the edge to expose the port")
+        return self._expose("in", node_id, found.name, name)
+
+    def expose_output(self, node_id: str, port: str, name: str | None = None) -> str:
+        """Offer a child's output under `name` (default `node:port`). Raises: NodeError, also for a taken name."""
+        found = self._end(node_id, port, "out", NodeError)
+        return self._expose("out", node_id, found.name, name)
+
+    def _expose(self, direction: str, node_id: str, port: str, name: str | None) -> str:
+        if name is not None:
+            check_id(name, "exposed port name")
+        new = Exposure(node_id, port, name)
+        if new in self._exposed[direction]:
+            return new.key
+        if direction == "out" and any(x.key == new.key for x in self._exposed["out"]):
+            raise NodeError(f"{self.id} offers an output {new.key!r} already; output names are unique")
+        self._exposed[direction].append(new)
+        self.version += 1
+        return new.key
+
+    def unexpose_input(self, key: str) -> None:
+        self._unexpose("in", key)
+
+    def unexpose_output(self, key: str) -> None:
+        self._unexpose("out", key)
+
+    def _unexpose(self, direction: str, key: str) -> None:
+        kept = [x for x in self._exposed[direction] if x.key != key]
+        if len(kept) == len(self._exposed[direction]):
+            raise NodeError(f"{self.id} offers no {direction}put {key!r}; {did_you_mean(key, [x.key for x in kept])}")
+        self._exposed[direction] = kept
+        self.version += 1
+
+    def infer_exposed_ports(self, overwrite: bool = False) -> None:
+        """Expose unfed inputs and unconsumed outputs as `node:port`, per direction where nothing is exposed yet."""
+        for direction in ("in", "out"):
+            if overwrite or not self._exposed[direction]:
+                self._exposed[direction] = list(self._loose_ends(direction))
+        self.version += 1
+
+    def _loose_ends(self, direction: str) -> Iterator[Exposure]:
+        for node_id, node in self.nodes.items():
+            index = self.ports_of(node)
+            if direction == "in":
+                fed = {e.target_port for e in self._in[node_id] if not e.carry} | set(node.defaults)
+                for name in index.inputs:
+                    if name not in fed and name not in LOOP_PORTS:
+                        yield Exposure(node_id, name)
+            else:
+                used = {e.source_port for e in self._out[node_id] if e.target_node != node_id}
+                for name in index.outputs:
+                    if name not in used:
+                        yield Exposure(node_id, name)
+
+    def exposures(self, direction: str, *, explicit: bool = False) -> list[Exposure]:
+        """What is exposed; without any word about it, a lone child's own ports, else all loose ends."""
+        given = self._exposed[direction]
+        if given or explicit:
+            return given
+        loose = list(self._loose_ends(direction))
+        if len(self.nodes) == 1:
+            return [Exposure(x.node_id, x.port_name, x.port_name) for x in loose]
+        return loose
+
+    @property
+    def port_index(self) -> PortIndex:
+        """The external ports of this level, as a parent sees them."""
+        stamp = self.stamp()
+        if self._external is None or self._external[0] != stamp:
+            ports = [
+                ExternalPort(
+                    entry["key"], direction, entry["types"], entry["optional"], entry["aggregation"],
+                    entry.get("default", UNSET), schema=entry["schema"], streamable=entry["streamable"],
+                )  # fmt: skip
+                for direction, entries in (("in", self.get_input_spec()), ("out", self.get_output_spec()))
+                for entry in entries
+            ]
+            self._external = (stamp, PortIndex(ports, self.id))
+        return self._external[1]
+
+    def get_input_spec(self) -> list[Spec]:
+        """External inputs as plain data.
+
+        Each entry has `key, name, node_id, port_name, bindings, types, required, optional, aggregation, streamable,
+        schema, doc`, and `default` where there is one.
+        """
+        bound: dict[str, list[Exposure]] = {}
+        for x in self.exposures("in"):
+            bound.setdefault(x.key, []).append(x)
+        return [self._spec_entry(key, bindings, "in") for key, bindings in bound.items()]
+
+    def get_output_spec(self) -> list[Spec]:
+        """External outputs as plain data, in the form of `get_input_spec`."""
+        return [self._spec_entry(x.key, [x], "out") for x in self.exposures("out")]
+
+    def _spec_entry(self, key: str, bindings: list[Exposure], direction: str) -> Spec:
+        ports = [self.ports_of(self.nodes[x.node_id]).by_name[x.port_name] for x in bindings]
+        first = ports[0]
+        types = [t for t in first.types if all(t in p.types or "any" in p.types for p in ports)] or list(first.types)
+        if direction == "in":
+            defaults = [self.nodes[x.node_id].defaults.get(x.port_name, p.default) for x, p in zip(bindings, ports, strict=True)]
+            required = any(not p.optional and d is UNSET for p, d in zip(ports, defaults, strict=True))
+        else:
+            defaults, required = [], not first.optional
+        entry: Spec = {
+            "key": key,
+            "name": bindings[0].name or key,
+            "node_id": bindings[0].node_id,
+            "port_name": bindings[0].port_name,
+            "bindings": [{"node_id": x.node_id, "port_name": x.port_name} for x in bindings],
+            "types": types,
+            "required": required,
+            "optional": not required,
+            "aggregation": first.aggregation if len(ports) == 1 else "single",
+            "streamable": first.streamable,
+            "schema": first.schema,
+            "doc": first.description,
+        }
+        if defaults and defaults[0] is not UNSET and not required:
+            entry["default"] = defaults[0]
+        return entry
+
+    # ---- validation and plan ---------------------------------------------------------------------------------------
+
+    def loop_spec(self, members: Sequence[str]) -> LoopSpec | None:
+        """The settings that belong to the cycle of these nodes."""
+        inside = set(members)
+        for spec in self.loops:
+            named = set(spec.order or ()) or {spec.until["node"]} if spec.until or spec.order else {spec.loop_id}
+            if named & inside:
+                return spec
+        return self.loops[0] if len(self.loops) == 1 and self.loops[0].loop_id not in self.nodes else None
+
+    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+        """Check the whole structure without loading or running anything; `deep` goes into children.
+
+        Raises: ValidationError with all errors, if `strict`.
+        """
+        result = validate_structure(self, deep=deep)
+        if result.is_valid:
+            self._valid_stamp = self.stamp()
+        elif strict:
+            result.raise_errors()
+        return result
+
+    def plan(self) -> Plan:
+        """The compiled plan, cached for as long as the structure stays.
+
+        Raises: ValidationError.
+        """
+        stamp = self.stamp()
+        if self._plan is None or self._plan.stamp != stamp:
+            if self._valid_stamp != stamp:
+                self.validate()
+            self._plan = compile_plan(self, stamp)
+        return self._plan
+
+    def describe(self) -> str:
+        """The plan as text: one line a step, loops indented."""
+        lines = [f"{self.level} {self.id}"]
+        loop: Loop | None = None
+        for op in self.plan().program:
+            if isinstance(op, LoopStart):
+                loop = op.loop
+                steps = loop.num_steps if loop.num_steps is not None else "1 unless the run says otherwise"
+                lines.append(f"  loop {loop.loop_id} x {steps} (from {loop.steps_from})")
+                lines += [f"    carry {edge}" for edge in loop.carry_edges]
+            elif isinstance(op, Call):
+                indent = "    " if loop and op.node_id in loop.nodes else "  "
+                child = self.nodes[op.node_id].child
+                kind = child.name if isinstance(child, Block) else f"{getattr(child, 'level', '?')} {getattr(child, 'id', '')}"
+                lines.append(f"{indent}{op.node_id}: {kind}")
+        return "\n".join(lines)
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+
+    def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
+        """Run the whole structure: exposed inputs in, exposed outputs out.
+
+        Inputs are keyed by exposed key, `node:port` or `(node, port)`. Options are those of `RunOptions`
+        (`num_loop_steps`, `seed`, `training`, `dry_run`, `callbacks`, `capture`, ...).
+
+        Raises: ValidationError, MissingInputError, UnexpectedInputError, NodeExecutionError, AbortRun,
+        RunTimeoutError.
+        """
+        parent = FRAME.get()
+        if parent is not None and not options:
+            return self.forward(dict(inputs or {}))
+        try:
+            chosen = RunOptions(**options)
+        except TypeError as error:
+            raise UnexpectedInputError(f"{self.id}.run: {error}; options are {', '.join(RunOptions.__slots__)}") from None
+        return self._execute(inputs or {}, chosen, None)
+
+    def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
+        """Walk the plan with typed placeholders: same order and checks, nothing computed."""
+        given = dict(inputs or {})
+        for entry in ExecutableGraph.get_input_spec(self):
+            if entry["required"]:
+                given.setdefault(entry["key"], Placeholder(tuple(entry["types"]), f"{self.id}.{entry['key']}"))
+        return ExecutableGraph.run(self, given, dry_run=True, **options)
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run as a child of what is running now, with its options."""
+        parent = FRAME.get()
+        if parent is None:
+            return self.run(inputs)
+        return self._execute(inputs, options_for(parent.options, parent.node_id), parent)
+
+    def _execute(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> dict[str, Any]:
+        plan = self.plan()
+        values = self._bind(plan, inputs)
+        frame = Frame(self.level, self.id, options, parent, tuple(self.hooks))
+        token = FRAME.set(frame)
+        try:
+            if parent is not None:
+                return self._drive(plan, values, frame)
+            if options.device is not None:
+                self.to(options.device)
+            with _modes(self, plan, options.training):
+                outputs = self._drive(plan, values, frame)
+            return {**outputs, **self._captured(frame)} if options.capture else outputs
+        finally:
+            FRAME.reset(token)
+
+    def _drive(self, plan: Plan, values: list[Any], frame: Frame) -> dict[str, Any]:
+        if frame.hooks:
+            frame.emit("run_start")
+        steps = walk(plan, values, frame)
+        dry = frame.options.dry_run
+        outputs: dict[str, Any] | None = None
+        while True:
+            try:
+                op, inputs = next(steps) if outputs is None else steps.send(outputs)
+            except StopIteration:
+                break
+            try:
+                outputs = self._dry_call(op, inputs) if dry else op.call(inputs)
+            except Exception as error:
+                steps.throw(error)
+                raise  # not reached: the walk raises
+        if self.stamp() != plan.stamp:
+            raise NodeError(f"{self.id} was changed while it ran; change structures between runs")
+        result = {key: values[slot] for key, slot, optional in plan.outputs if not optional or values[slot] is not UNSET}
+        if frame.hooks:
+            frame.emit("run_end", outputs=result)
+        return result
+
+    def _dry_call(self, op: Call, inputs: dict[str, Any]) -> dict[str, Any]:
+        child = self.nodes[op.node_id].child
+        if isinstance(child, ExecutableGraph):
+            return cast("ExecutableGraph[Any]", child).forward(inputs)
+        return {n: Placeholder(p.types, f"{op.node_id}.{n}") for n, p in op.ports.outputs.items()}
+
+    def _captured(self, frame: Frame) -> dict[str, Any]:
+        missing = [key for key in frame.options.capture if key not in frame.captured]
+        if missing:
+            raise UnexpectedInputError(
+                f"{self.id}: nothing to capture at {missing[0]!r}; {did_you_mean(missing[0], frame.captured)}"
+            )
+        return {key: frame.captured[key] for key in frame.options.capture}
+
+    def _bind(self, plan: Plan, inputs: Mapping[Any, Any]) -> list[Any]:
+        values = plan.initial.copy()
+        for key, value in inputs.items():
+            slot = plan.inputs.get(key)
+            if slot is None:
+                slot = plan.inputs.get(self._key(key))
+                if slot is None:
+                    raise UnexpectedInputError(f"{self.id} has no input {key!r}; {did_you_mean(str(key), plan.inputs)}")
+            values[slot] = value
+        missing = [key for key, slot in plan.required if values[slot] is UNSET]
+        if missing:
+            given = ", ".join(repr(k) for k in inputs) or "nothing"
+            raise MissingInputError(f"{self.id} needs {', '.join(map(repr, missing))}; given: {given}")
+        if plan.copied:
+            copy_defaults(plan, values)
+        return values
+
+    def _key(self, key: Any) -> str:
+        """The exposed key that a `(node, port)` or `node:port` address means."""
+        address = tuple(cast("tuple[str, ...]", key)) if isinstance(key, tuple) else tuple(str(key).split(":", 1))
+        for x in self.exposures("in"):
+            if (x.node_id, x.port_name) == address:
+                return x.key
+        return ":".join(map(str, address))
+
+    # ---- everything below ------------------------------------------------------------------------------------------
+
+    def iter_blocks(self) -> Iterator[Block]:
+        """All blocks below, sub-blocks too, each instance once."""
+        seen: set[int] = set()
+        for node in self.nodes.values():
+            child = cast("Block | ExecutableGraph[Any]", node.child)
+            for block in child.iter_blocks():
+                if id(block) not in seen:
+                    seen.add(id(block))
+                    yield block
+
+    def to(self, device: Any) -> Self:
+        """Move every block once to a device."""
+        for block in self.iter_blocks():
+            block.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}: {len(self.nodes)} nodes, {len(self._edges)} edges>"
+
+
+class _Modes:
+    """Blocks in the right mode and gradients on or off for the time of a run; everything as before afterwards."""
+
+    def __init__(self, changed: list[tuple[Block, bool]], grad: AbstractContextManager[Any]) -> None:
+        self.changed = changed
+        self.grad = grad
+
+    def __enter__(self) -> None:
+        for block, mode in self.changed:
+            block.training = mode
+            block.mode_changed()
+        self.grad.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.grad.__exit__(*error)
+        for block, mode in self.changed:
+            block.training = not mode
+            block.mode_changed()
+
+
+def _modes(graph: ExecutableGraph[Any], plan: Plan, training: bool) -> AbstractContextManager[None]:
+    if training:
+        trained = {id(b) for b in _trained_blocks(graph)}
+        changed = [(b, id(b) in trained) for b in plan.blocks if b.training is not (id(b) in trained)]
+    else:
+        changed = [(b, False) for b in plan.blocks if b.training]
+    torch = sys.modules.get("torch")
+    grad: AbstractContextManager[Any] = nullcontext() if torch is None or training else torch.no_grad()
+    if not changed and torch is None:
+        return nullcontext()
+    return cast(AbstractContextManager[None], _Modes(changed, grad))
+
+
+def _trained_blocks(graph: ExecutableGraph[Any]) -> Iterator[Block]:
+    for node in graph.nodes.values():
+        if node.trainable:
+            child = node.child
+            if isinstance(child, ExecutableGraph):
+                yield from _trained_blocks(cast("ExecutableGraph[Any]", child))
+            else:
+                yield from cast(Block, child).iter_blocks()

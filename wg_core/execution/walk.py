@@ -1,0 +1,172 @@
+"""The algorithm, written once and without I/O: yields ready calls, is sent their results."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Mapping
+from typing import Any
+
+from wg_core.errors import AbortRun, MissingInputError, NodeExecutionError, PortValueError, RunTimeoutError, WGError
+from wg_core.execution.block import check_kinds, check_outputs
+from wg_core.execution.context import Frame, check_stop
+from wg_core.execution.plan import Call, LoopStart, Placeholder, Plan, steps_of
+from wg_core.structure.port import UNSET, kind_of
+
+Walk = Generator[tuple[Call, dict[str, Any]], dict[str, Any], None]
+
+
+def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
+    """Run `plan` over `values`: yields `(call, inputs)` and is sent the outputs; results stay in `values`.
+
+    Raises: NodeExecutionError for what a node raises (thrown in by the driver), OutputContractError,
+    MissingInputError, AbortRun, RunTimeoutError.
+    """
+    options = frame.options
+    rounds: dict[int, int] = {}
+    for loop in plan.loops:
+        steps = steps_of(loop, options.num_loop_steps)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise PortValueError(f"{frame.path}: loop {loop.loop_id!r} needs a whole number of steps >= 1, not {steps!r}")
+        values[loop.total_slot] = steps
+        rounds[id(loop)] = 2 if options.dry_run else loop.iterations(steps) if loop.iterations else steps
+    program = plan.program
+    watched = frame.watched
+    iteration = 0
+    total = 0
+    pc = 0
+    end = len(program)
+    started = 0.0
+    while pc < end:
+        op = program[pc]
+        pc += 1
+        if op.__class__ is Call:
+            inputs: dict[str, Any] = {}
+            for port, slot in op.sure:
+                inputs[port] = values[slot]
+            if op.special:
+                _gather(op, values, inputs, frame)
+            frame.node_id = op.node_id
+            if watched:
+                started = _before(op, inputs, frame, total)
+            try:
+                outputs = yield op, inputs
+            except (AbortRun, RunTimeoutError, NodeExecutionError):
+                raise
+            except Exception as error:
+                raise _failure(op, inputs, frame, error, started) from error
+            try:
+                for port, slot in op.outs:
+                    values[slot] = outputs[port]
+                if op.optional_outs or len(outputs) != len(op.outs):
+                    check_outputs(f"{frame.path}/{op.node_id}", op.ports.outputs, outputs)
+                    for port, slot in op.optional_outs:
+                        values[slot] = outputs.get(port, UNSET)
+            except (KeyError, TypeError, AttributeError):
+                check_outputs(f"{frame.path}/{op.node_id}", op.ports.outputs, outputs)
+                raise
+            if watched:
+                _after(op, inputs, outputs, frame, started)
+            for slot in op.free:
+                values[slot] = None
+        elif op.__class__ is LoopStart:
+            loop = op.loop
+            iteration = 0
+            total = rounds[id(loop)]
+            values[loop.index_slot] = 0
+            for slot, resolve in loop.seeds:
+                values[slot] = resolve(values)
+            frame.iteration = 0
+            if watched:
+                check_stop(frame)
+                frame.emit("loop_start", num_steps=total, data={"loop": loop.loop_id})
+        else:
+            loop = op.loop
+            if watched:
+                check_stop(frame)
+                frame.emit("loop_iteration", iteration=iteration, num_steps=total, data={"loop": loop.loop_id})
+            iteration += 1
+            done = loop.until_slot is not None and not options.dry_run and bool(values[loop.until_slot])
+            if iteration < total and not done:
+                for slot, value in [(target, values[source]) for source, target in loop.carries]:
+                    values[slot] = value
+                values[loop.index_slot] = iteration
+                frame.iteration = iteration
+                pc = loop.start
+            else:
+                for slot in loop.free:
+                    values[slot] = None
+                frame.iteration = None
+                if watched:
+                    frame.emit("loop_end", iteration=iteration - 1, num_steps=total, data={"loop": loop.loop_id})
+    frame.node_id = None
+
+
+def _gather(op: Call, values: list[Any], inputs: dict[str, Any], frame: Frame) -> None:
+    for port, resolve, required in op.special:
+        try:
+            value = resolve(values)
+        except PortValueError as error:
+            raise PortValueError(f"{frame.path}/{op.node_id}: {error}") from error
+        if value is not UNSET:
+            inputs[port] = value
+        elif required:
+            raise MissingInputError(
+                f"{frame.path}/{op.node_id}.{port} is required, but the optional output that feeds it was not set; "
+                f"give the node a default: add_node(..., defaults={{{port!r}: ...}})"
+            )
+
+
+def _before(op: Call, inputs: dict[str, Any], frame: Frame, total: int) -> float:
+    check_stop(frame)
+    if frame.options.strict_types:
+        given = {k: v for k, v in inputs.items() if not isinstance(v, Placeholder)}
+        check_kinds(f"{frame.path}/{op.node_id}", op.ports.inputs, given)
+    frame.emit("node_start", node_id=op.node_id, iteration=frame.iteration, num_steps=total or None, inputs=inputs)
+    return time.perf_counter()
+
+
+def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Frame, started: float) -> None:
+    options = frame.options
+    if options.strict_types:
+        given = {k: v for k, v in outputs.items() if not isinstance(v, Placeholder)}
+        check_kinds(f"{frame.path}/{op.node_id}", op.ports.outputs, given)
+    if options.guard_nan:
+        for port, value in outputs.items():
+            if _has_nan(value):
+                at = "" if frame.iteration is None else f" in iteration {frame.iteration}"
+                raise PortValueError(f"{frame.path}/{op.node_id}.{port}{at} is not finite: {kind_of(value)}")
+    if options.capture:
+        for port, value in outputs.items():
+            frame.root.captured[f"{frame.node_path}{op.node_id}:{port}"] = value
+    elapsed = time.perf_counter() - started
+    frame.emit(
+        "node_end", node_id=op.node_id, iteration=frame.iteration, inputs=inputs, outputs=outputs, elapsed=elapsed
+    )
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, Mapping):
+        return any(_has_nan(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_has_nan(v) for v in value)
+    total = getattr(value, "sum", None)
+    if total is None or not hasattr(value, "dtype"):
+        return False
+    return not math.isfinite(float(abs(value).sum()))
+
+
+def _failure(op: Call, inputs: Mapping[str, Any], frame: Frame, error: Exception, started: float) -> WGError:
+    frame.emit(
+        "node_error",
+        node_id=op.node_id,
+        iteration=frame.iteration,
+        inputs=inputs,
+        elapsed=time.perf_counter() - started if started else None,
+        data={"error": f"{type(error).__name__}: {error}"},
+    )
+    at = "" if frame.iteration is None else f" in iteration {frame.iteration}"
+    kinds = ", ".join(f"{k}: {kind_of(v)}" for k, v in inputs.items()) or "no inputs"
+    return NodeExecutionError(f"{frame.path}/{op.node_id} failed{at}: {type(error).__name__}: {error} (inputs: {kinds})")

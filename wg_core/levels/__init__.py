@@ -1,0 +1,1 @@
+"""The words of the hierarchy: graph, pipeline, stage, world, end world."""

@@ -1,0 +1,271 @@
+"""Stage: pipelines under a contract over the state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
+
+from wg_core.assembly.build import Build, fill_level
+from wg_core.assembly.models import StageEntry
+from wg_core.errors import ConfigError, OutputContractError, did_you_mean
+from wg_core.execution.context import FRAME
+from wg_core.execution.executable_graph import Spec
+from wg_core.levels.graph import Graph
+from wg_core.levels.pipeline import Nested, Pipeline
+from wg_core.state.state import BLOCKS, State, block_name
+
+SOURCES = ("world", "action", "schema")
+
+# role -> (reads, writes): which blocks a stage of the canonical cycle needs and makes
+CONTRACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "philosopher": (BLOCKS[:3], BLOCKS[3:4]),
+    "author": (BLOCKS[:4], BLOCKS[4:]),
+    "world_update": (BLOCKS, ()),
+    "development": ((), BLOCKS[:1]),
+    "architect": (BLOCKS[:1], BLOCKS[1:2]),
+    "creator": (BLOCKS[1:2], BLOCKS[2:3]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What a stage did: the state after it, whether it ran and why not, seconds, model use."""
+
+    state: State
+    ran: bool
+    reason: str = ""
+    seconds: float = 0.0
+    usage: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, dict[str, int]])
+
+
+def why_not(state: State, reads: Sequence[str], writes: Sequence[str]) -> str:
+    """Why a stage with this contract does not run on `state`; empty where it runs.
+
+    A stage runs when all it reads is filled and nothing it writes is.
+    """
+    filled = state.filled_names()
+    for block in reads:
+        if block not in filled:
+            return f"block {BLOCKS.index(block) + 1} ({block}) is empty"
+    for block in writes:
+        if block in filled:
+            return f"block {BLOCKS.index(block) + 1} ({block}) is already filled"
+    return ""
+
+
+class Stage(Nested[Pipeline]):
+    """A directed acyclic graph of pipelines, and which blocks of the state it reads and writes.
+
+    `inputs` maps a pipeline input to `world`, `action`, `schema` (the JSON schema of what is to be written) or a
+    block or field of it (`descriptions.items`); `outputs` maps a block or field to a pipeline output. What is not
+    mapped is matched by equal names.
+    """
+
+    level = kind = "stage"
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        role: str | None = None,
+        reads: Sequence[str | int] | None = None,
+        writes: Sequence[str | int] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        outputs: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(id)
+        self.role = role or id
+        default_reads, default_writes = CONTRACTS.get(self.role, ((), ()))
+        self.reads = tuple(block_name(b) for b in reads) if reads is not None else default_reads
+        self.writes = tuple(block_name(b) for b in writes) if writes is not None else default_writes
+        if not self.writes:
+            raise ConfigError(f"stage {id!r} of role {self.role!r} writes nothing; name its blocks with writes=[...]")
+        self._given_inputs = dict(inputs or {})
+        self._given_outputs = dict(outputs or {})
+
+    def add_pipeline(self, pipeline: Pipeline | Graph, node_id: str | None = None, **more: Any) -> str:
+        """Add a pipeline (or a graph, as a pipeline of one); the id defaults to its own."""
+        if isinstance(pipeline, Graph):
+            pipeline = Pipeline.from_graph(pipeline)
+        return self.insert_node(pipeline, node_id or pipeline.id, **more)
+
+    add_node = add_pipeline
+
+    # ---- mapping between state and ports -----------------------------------------------------------------------------
+
+    def input_mapping(self) -> dict[str, str]:
+        """Pipeline input -> source. Raises: ConfigError for unknown names and where equal names are ambiguous."""
+        specs = {s["key"]: s for s in super().get_input_spec()}
+        for key, source in self._given_inputs.items():
+            if key not in specs:
+                raise ConfigError(f"stage {self.id!r}: inputs maps {key!r}, which no pipeline takes; {did_you_mean(key, specs)}")
+            block = source.split(".", 1)[0]
+            if source not in SOURCES and block not in self.reads:
+                known = [*SOURCES, *self.reads]
+                raise ConfigError(f"stage {self.id!r}: input {key!r} comes from {source!r}; {did_you_mean(block, known)}")
+        mapping = dict(self._given_inputs)
+        for key, spec in specs.items():
+            if key not in mapping:
+                if key in (*SOURCES, *self.reads):
+                    mapping[key] = key
+                elif spec["required"]:
+                    raise ConfigError(
+                        f"stage {self.id!r}: required pipeline input {key!r} has no source; map it: inputs: {{{key}: BLOCK}}, "
+                        f"from {', '.join((*SOURCES, *self.reads))}"
+                    )
+        return mapping
+
+    def output_mapping(self) -> dict[str, str]:
+        """Block or field -> pipeline output. Raises: ConfigError."""
+        keys = [s["key"] for s in super().get_output_spec()]
+        for target, key in self._given_outputs.items():
+            if target.split(".", 1)[0] not in self.writes:
+                raise ConfigError(f"stage {self.id!r}: outputs fills {target!r}; {did_you_mean(target, self.writes)}")
+            if key not in keys:
+                raise ConfigError(f"stage {self.id!r}: output {target!r} comes from {key!r}; {did_you_mean(key, keys)}")
+        mapping = dict(self._given_outputs)
+        for block in self.writes:
+            if not any(t.split(".", 1)[0] == block for t in mapping):
+                if block not in keys:
+                    raise ConfigError(
+                        f"stage {self.id!r} writes {block!r} but no pipeline output has this name; "
+                        f"map it: outputs: {{{block}: OUTPUT}}; {did_you_mean(block, keys)}"
+                    )
+                mapping[block] = block
+        return mapping
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self, state: State, *, world: Any = None, action: str | None = None, schema: Mapping[str, Any] | None = None, **options: Any
+    ) -> StageResult:
+        """Run on `state` if the contract says so, else hand it on unchanged with the reason.
+
+        `world` is a read-only view of the content. Raises: OutputContractError if a declared block stays empty.
+        """
+        reason = why_not(state, self.reads, self.writes)
+        if reason:
+            return StageResult(state, False, reason)
+        sources = {"world": world, "action": action, "schema": schema}
+        inputs: dict[str, Any] = {}
+        for key, source in self.input_mapping().items():
+            value = sources[source] if source in sources else state.read(source)
+            if value is not None:
+                inputs[key] = value
+        frame = FRAME.get()
+        before = {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
+        started = time.perf_counter()
+        outputs = super().run(inputs, **options)
+        seconds = time.perf_counter() - started
+        for block, value in self._collect(outputs).items():
+            state = state.put(block, value)
+        empty = [b for b in self.writes if b not in state.filled_names()]
+        if empty:
+            raise OutputContractError(f"stage {self.id!r} ran but left {', '.join(empty)} empty; it declares writes {list(self.writes)}")
+        usage = _difference(frame.usage, before) if frame is not None else {}
+        return StageResult(state, True, "", seconds, usage)
+
+    def _collect(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        blocks: dict[str, Any] = {}
+        for target, key in self.output_mapping().items():
+            block, _, path = target.partition(".")
+            if key not in outputs:
+                continue
+            if not path:
+                blocks[block] = outputs[key]
+                continue
+            at = blocks.setdefault(block, {})
+            *parents, last = path.split(".")
+            for part in parents:
+                at = at.setdefault(part, {})
+            at[last] = outputs[key]
+        return blocks
+
+    def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
+        """The common contract: `{"state", "world"?, "action"?, "schema"?}` in, `{"state"}` out."""
+        given = dict(inputs or {})
+        state = given.pop("state", None) or State()
+        if not isinstance(state, State):
+            state = State.of(state)
+        return {"state": self.step(state, **given, **options).state}
+
+    def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
+        """Check the mapping and walk the pipelines with placeholders; gives the written blocks' placeholders."""
+        self.input_mapping()
+        given = super().dry_run(inputs, **options)
+        return {target: given[key] for target, key in self.output_mapping().items()}
+
+    def get_input_spec(self) -> list[Spec]:
+        """The inputs of the stage itself: the state, and what its pipelines map beside it."""
+        mapped = set(self.input_mapping().values())
+        beside = [_entry(k, t, False) for k, t in (("world", "world"), ("action", "text"), ("schema", "dict")) if k in mapped]
+        return [_entry("state", "dict", False), *beside]
+
+    def get_output_spec(self) -> list[Spec]:
+        return [_entry("state", "dict", True)]
+
+    # ---- configuration -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_entry(cls, entry: StageEntry, build: Build) -> Self:
+        try:
+            stage = cls(
+                entry.id or entry.role or "stage", role=entry.role, reads=entry.reads, writes=entry.writes,
+                inputs=entry.inputs, outputs=entry.outputs,
+            )  # fmt: skip
+        except ConfigError as error:
+            raise build.error(error) from error
+        if entry.graph is not None:
+            stage.add_pipeline(Graph.from_entry(entry.graph, build.at("graph")))
+        fill_level(stage, entry, build, Pipeline.from_entry if entry.nodes is not None else None)
+        try:
+            stage.input_mapping()
+            stage.output_mapping()
+        except ConfigError as error:
+            raise build.error(error) from error
+        return stage
+
+    def to_config(self) -> dict[str, Any]:
+        config = super().to_config()
+        contract = CONTRACTS.get(self.role)
+        parts: dict[str, Any] = {
+            "role": self.role,
+            "reads": list(self.reads) if contract is None or contract[0] != self.reads else None,
+            "writes": list(self.writes) if contract is None or contract[1] != self.writes else None,
+            "inputs": self._given_inputs,
+            "outputs": self._given_outputs,
+        }
+        config.update({k: v for k, v in parts.items() if v})
+        lone = self._lone_graph()
+        if lone is not None:
+            del config["nodes"]
+            config["graph"] = lone.to_config()
+        return config
+
+    def _lone_graph(self) -> Graph | None:
+        if len(self.nodes) != 1:
+            return None
+        ((node_id, node),) = self.nodes.items()
+        pipeline = node.child
+        if len(pipeline.nodes) != 1:
+            return None
+        ((graph_id, inner),) = pipeline.nodes.items()
+        plain = not (node.defaults or inner.defaults or self.edges or pipeline.edges) and node.trainable and inner.trainable
+        plain = plain and not any(
+            level.exposures(d, explicit=True) for level in (cast("Nested[Any]", self), pipeline) for d in ("in", "out")
+        )
+        return inner.child if plain and node_id == graph_id == inner.child.id == pipeline.id else None
+
+
+def _entry(key: str, type_name: str, required: bool) -> Spec:
+    return {
+        "key": key, "name": key, "node_id": "", "port_name": key, "bindings": [], "types": [type_name], "required": required,
+        "optional": not required, "aggregation": "single", "streamable": False, "schema": None, "doc": "",
+    }  # fmt: skip
+
+
+def _difference(now: Mapping[str, Mapping[str, int]], before: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    rows = {m: {k: v - before.get(m, {}).get(k, 0) for k, v in row.items()} for m, row in now.items()}
+    return {m: row for m, row in rows.items() if any(row.values())}

@@ -1,0 +1,71 @@
+"""Blobs in a folder: bytes by the sha256 of their content, shared by all worlds of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wg_core.errors import ConfigError, CorruptSnapshotError
+from wg_core.execution.blobs import BlobStore, MemoryBlobs
+from wg_core.state.canonical import is_sha256, sha256_bytes
+from wg_core.state.files import sync_folder, write_file
+
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs"]
+
+
+class FileBlobs:
+    """Blobs as files `root/ab/cd/abcd...`; two objects on one folder are equal."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).resolve()
+        self._durable: set[str] = set()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FileBlobs) and other.root == self.root
+
+    def __hash__(self) -> int:
+        return hash(self.root)
+
+    def __repr__(self) -> str:
+        return f"FileBlobs({str(self.root)!r})"
+
+    def path(self, sha: str) -> Path:
+        """The file of `sha`, present or not. Raises: ConfigError if `sha` is not 64 lower-case hex digits."""
+        if not is_sha256(sha):
+            raise ConfigError(f"bad blob id {str(sha)[:80]!r}: a blob's id is the sha256 of its bytes in hex")
+        return self.root / sha[:2] / sha[2:4] / sha
+
+    def put(self, data: bytes) -> str:
+        """Store `data` durably and return its sha256; bytes that are stored already are not written again."""
+        sha = sha256_bytes(data)
+        path = self.path(sha)
+        try:
+            stored = path.stat().st_size == len(data)
+        except FileNotFoundError:
+            stored = False
+        if not stored:
+            write_file(path, data)
+        elif sha not in self._durable:  # named by another process, which may not have flushed the folders yet
+            for folder in (path.parent, path.parent.parent, self.root):
+                sync_folder(folder)
+        self._durable.add(sha)
+        return sha
+
+    def get(self, sha: str) -> bytes:
+        """The bytes of `sha`. Raises: CorruptSnapshotError if they are absent or have another hash."""
+        path = self.path(sha)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise CorruptSnapshotError(
+                f"blob {sha} is missing: no file {path}; restore it from a copy of the store"
+            ) from None
+        actual = sha256_bytes(data)
+        if actual != sha:
+            raise CorruptSnapshotError(
+                f"blob {sha} is corrupt: {path} has sha256 {actual}; restore the file from a copy of the store"
+            )
+        return data
+
+    def has(self, sha: str) -> bool:
+        """Whether a file of `sha` is stored (its bytes are checked by `get`)."""
+        return self.path(sha).is_file()

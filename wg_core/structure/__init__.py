@@ -1,0 +1,1 @@
+"""What is joined to what: ids, ports, edges, links."""

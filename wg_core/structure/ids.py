@@ -1,0 +1,34 @@
+"""Ids, and the one door from ids to paths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from wg_core.errors import ConfigError
+
+ID_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
+_ID = re.compile(ID_PATTERN)
+
+
+def check_id(value: object, what: str = "id") -> str:
+    """Return `value` if it is a legal id (letter or underscore, then letters, digits, underscores; at most 64).
+
+    Raises: ConfigError.
+    """
+    if isinstance(value, str) and _ID.fullmatch(value):
+        return value
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    raise ConfigError(f"bad {what} {shown}: use a letter or '_' first, then letters, digits and '_', at most 64 characters")
+
+
+def safe_path(root: Path, *parts: str) -> Path:
+    """Join `parts` below `root`; the result (links resolved) lies inside `root`.
+
+    Raises: ConfigError if it would leave `root`.
+    """
+    base = root.resolve()
+    path = base.joinpath(*parts).resolve()
+    if path != base and base not in path.parents:
+        raise ConfigError(f"path {'/'.join(parts)!r} leaves its root folder {str(base)!r}")
+    return path

@@ -1,0 +1,487 @@
+"""`wg`: worlds from the command line."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wg_core.errors import ConfigError, MissingExtraError, MissingModelError, NodeExecutionError, WGError, did_you_mean
+
+if TYPE_CHECKING:
+    from wg_core import World
+    from wg_core.state.store import Snapshot
+
+OK, USAGE, FAILED, MISSING = 0, 2, 3, 4
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Generative worlds.")
+models_app = typer.Typer(no_args_is_help=True, help="The model store: list, pull, verify.")
+app.add_typer(models_app, name="models")
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+WorldName = Annotated[str, typer.Argument(metavar="WORLD", help="A world's name, or its file.")]
+
+
+def _exit_code(error: BaseException) -> int:
+    """2 for a wrong request or file, 4 for what is not installed, 3 for a run that failed."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, (MissingModelError, MissingExtraError)):
+            return MISSING
+        at = at.__cause__
+    if isinstance(error, NodeExecutionError):
+        return FAILED
+    from wg_core.errors import ValidationError
+
+    usage = (ConfigError, ValidationError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return USAGE if isinstance(error, usage) else FAILED
+
+
+def verb(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose errors are one clear message and an exit code; with --json the answer is one document."""
+
+    @wraps(command)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except (WGError, OSError, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            message = "interrupted; the world goes on from its last snapshot" if isinstance(error, KeyboardInterrupt) else str(error)
+            if kwargs.get("as_json"):
+                print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}, ensure_ascii=False))
+            else:
+                err.print(f"error: {message}", style="bold red", markup=False)
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else _exit_code(error)) from None
+        raise typer.Exit(code or OK)
+
+    import inspect
+
+    signature = inspect.signature(command)
+    parameters = [*signature.parameters.values()]
+    parameters.append(inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug))
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+# ---- worlds ----------------------------------------------------------------------------------------------------------
+
+
+def find(world: str) -> Path:
+    """The file of a world given by name or path. Raises: ConfigError, FileNotFoundError."""
+    if world.endswith((".yaml", ".yml", ".json")) or os.sep in world:
+        path = Path(world)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {world!r}")
+        return path
+    from wg_defs.worlds import world_file
+
+    return Path(world_file(world).path)
+
+
+def open_world(world: str) -> "World":
+    from wg_core import World
+
+    return World.from_yaml(find(world))
+
+
+def at_step(text: str) -> tuple[str, int | None]:
+    """`WORLD@STEP` or `WORLD`. Raises: ConfigError."""
+    name, at, step = text.partition("@")
+    if at and not step.isdigit():
+        raise ConfigError(f"{text!r}: after '@' stands the number of a step, as in {name}@3")
+    return name, int(step) if at else None
+
+
+@app.command()
+@verb
+def validate(file: Annotated[Path, typer.Argument(help="A file of any level.")], *, as_json: Json = False) -> int:
+    """Check a world, stage, pipeline or graph file."""
+    from wg_core.assembly.build import open_document
+
+    kind, _ = open_document(file)
+    level = levels()[kind].from_yaml(file)
+    warnings: list[str] = []
+    if kind == "world":
+        level.dry_run()
+    elif kind != "end_world":
+        warnings = [str(w) for w in level.validate(deep=True).warnings]
+    if as_json:
+        print_json({"valid": True, "kind": kind, "warnings": warnings})
+    else:
+        for warning in warnings:
+            err.print(f"warning: {warning}", style="yellow", markup=False)
+        out.print(f"{file}: a valid {kind}", markup=False)
+    return OK
+
+
+def levels() -> dict[str, Any]:
+    from wg_core import EndWorld, Graph, Pipeline, Stage, World
+
+    return {level.kind: level for level in (Graph, Pipeline, Stage, World, EndWorld)}
+
+
+@app.command()
+@verb
+def plan(file: Annotated[Path, typer.Argument(help="A file of any level.")], *, as_json: Json = False) -> int:
+    """Show what a run would do, without doing it: order, loops, models."""
+    from wg_core.assembly.build import open_document
+
+    kind, _ = open_document(file)
+    if kind == "end_world":
+        raise ConfigError(f"{file}: an end world is read, never run; there is nothing to plan")
+    level = levels()[kind].from_yaml(file)
+    stages = level.stages if kind == "world" else {level.id: level}
+    texts = {role: "\n".join(_plan_lines(stage)) for role, stage in stages.items()}
+    models = ["/".join(block.model_ref()[:3]) for block in level.iter_blocks() if block.model_ref()]
+    if as_json:
+        print_json({"kind": kind, "plan": texts, "models": models})
+    else:
+        for text in texts.values():
+            out.print(text, markup=False)
+        out.print(f"models: {', '.join(models) or 'none'}", markup=False)
+    return OK
+
+
+def _plan_lines(level: Any, indent: str = "") -> Iterator[str]:
+    from wg_core.execution.executable_graph import ExecutableGraph
+
+    first, *rest = level.describe().splitlines()
+    yield indent + first
+    for line in rest:
+        yield indent + line
+        node = level.nodes.get(line.strip().split(":")[0])
+        if node is not None and isinstance(node.child, ExecutableGraph):
+            yield from _plan_lines(node.child, indent + "    ")
+
+
+@app.command()
+@verb
+def schema(level: Annotated[str, typer.Argument(help="graph, pipeline, stage, world or end_world.")] = "world") -> int:
+    """Print the JSON Schema of a kind of file."""
+    from wg_core.assembly.models import KINDS, schema_of
+
+    if level not in KINDS:
+        raise ConfigError(f"no level {level!r}; {did_you_mean(level, KINDS)}")
+    print_json(schema_of(level))
+    return OK
+
+
+@app.command()
+@verb
+def run(
+    world: WorldName,
+    *,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
+    action: Annotated[str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A JSON file of a state that the first step begins with.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the steps; without one each step draws its own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the whole cycle; no model, no snapshot.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Step a world here, with live progress."""
+    opened = open_world(world)
+    if dry_run:
+        opened.dry_run()
+        if as_json:
+            print_json({"world": opened.world_id, "dry_run": True})
+        else:
+            out.print(f"{opened.world_id}: the cycle is sound; nothing was run", markup=False)
+        return OK
+    given = None
+    if state is not None:
+        from wg_core import State
+
+        given = State.from_json(state.read_text(encoding="utf-8"))
+    made: list[dict[str, Any]] = []
+    for i in range(steps):
+        with progress(opened.title, None if as_json else out) as hook:
+            snapshot = opened.step(
+                action=action if i == 0 else None, state=given if i == 0 else None, seed=seed, hooks=(hook,)
+            )
+        if as_json:
+            made.append(summary(opened, snapshot))
+        else:
+            print_step(opened, snapshot)
+    if as_json:
+        print_json({"world": opened.world_id, "steps": made})
+    return OK
+
+
+@contextmanager
+def progress(title: str, console: Console | None) -> Iterator[Callable[[Any], None]]:
+    """A hook that shows which stage runs, and the text as it is written; nothing without a terminal."""
+    if console is None or not console.is_terminal:
+        yield lambda event: None
+        return
+    stage, since = "", time.monotonic()
+    with console.status("") as status:
+
+        def hook(event: Any) -> None:
+            nonlocal stage, since
+            if event.kind == "stage_start":
+                stage, since = event.node_id, time.monotonic()
+                status.update(f"{title} step {event.data['step']}: {stage}")
+            elif event.kind == "progress":
+                done, total = event.data.get("done"), event.data.get("total")
+                count = f" {done}/{total}" if total else f" {done}" if done is not None else ""
+                text = str(event.data.get("text") or "")[-60:].replace("\n", " ").replace("[", "(")
+                status.update(f"{title}: {stage}{count} ({time.monotonic() - since:.0f} s) {text}")
+
+        yield hook
+
+
+def pictures(world: "World", state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Artifacts of a state with the path of each one's bytes."""
+    rows: list[dict[str, Any]] = []
+    for artifacts in state.get("artifacts", {}).values():
+        for artifact in artifacts:
+            rows.append({**artifact, "path": str(artifact_file(world, artifact))})
+    return rows
+
+
+def artifact_file(world: "World", artifact: dict[str, Any]) -> Path:
+    """A file with the artifact's bytes under a readable name, next to the world's snapshots."""
+    from wg_core.structure.ids import safe_path
+
+    suffix = {"image/png": ".png", "text/plain": ".txt"}.get(artifact["media_type"].split(";")[0], ".bin")
+    target = safe_path(world.store.root, world.world_id, "artifacts", artifact["id"][:16] + suffix)
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.write_bytes(world.store.blobs.get(artifact["id"]))
+        temporary.replace(target)
+    return target
+
+
+def summary(world: "World", snapshot: "Snapshot") -> dict[str, Any]:
+    """What a step did, as data."""
+    applied, carried = snapshot.applied or {}, snapshot.carried
+    return {
+        "step": snapshot.step,
+        "id": snapshot.id,
+        "story": applied.get("outcome", {}).get("narrative"),
+        "intent": carried.get("intent", {}).get("text"),
+        "artifacts": pictures(world, carried),
+        "stages": [record.model_dump(mode="json") for record in snapshot.stages],
+        "seed": snapshot.seed,
+        "action": snapshot.action,
+    }
+
+
+def print_step(world: "World", snapshot: "Snapshot") -> None:
+    """The story, where the pictures lie, and what each stage took."""
+    data = summary(world, snapshot)
+    out.rule(f"{world.title}, step {snapshot.step}", align="left")
+    if data["story"]:
+        out.print(f"Story:  {data['story']}", markup=False)
+    for item in (snapshot.applied or {}).get("descriptions", {}).get("items", []):
+        out.print(f"Seen:   {item['text']}", markup=False)
+    if data["intent"]:
+        out.print(f"Next:   {data['intent']}", markup=False)
+    for artifact in data["artifacts"]:
+        out.print(f"Made:   {artifact['path']}", markup=False)
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("stage", "left"), ("seconds", "right"), ("tokens", "right"), ("", "left")):
+        table.add_column(name, justify=justify)
+    for record in snapshot.stages:
+        tokens = sum(u.get("prompt_tokens", 0) + u.get("completion_tokens", 0) for u in record.usage.values())
+        note = "" if record.ran else f"skipped: {record.reason}"
+        table.add_row(record.role, f"{record.seconds:.2f}" if record.ran else "", str(tokens) if tokens else "", note)
+    out.print(table)
+    out.print(f"snapshot {snapshot.id[:16]}", markup=False)
+
+
+@app.command()
+@verb
+def evolve(
+    world: WorldName,
+    *,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
+    until: Annotated[int | None, typer.Option(min=0, help="Go on up to this step instead.")] = None,
+    action: Annotated[str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first step.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Step a world through Dagster, models kept loaded; each step is a run on the page."""
+    from wg_defs.worker import evolve as work
+
+    path = find(world)
+    opened = open_world(str(path))
+
+    def show(done: Any) -> None:
+        if as_json:
+            return
+        if not done.ok:
+            err.print(f"step {done.step} failed (run {done.run_id}): {done.error}", style="bold red", markup=False)
+        else:
+            print_step(opened, opened.store.get(opened.world_id, done.step))
+            out.print(f"run {done.run_id}", markup=False)
+
+    done = work(opened.world_id, steps, until=until, action=action, seed=seed, folders=[path], on_step=show)
+    if as_json:
+        print_json({"world": opened.world_id, "steps": [d.to_dict() for d in done]})
+    return OK if all(d.ok for d in done) else FAILED
+
+
+@app.command()
+@verb
+def history(world: WorldName, *, as_json: Json = False) -> int:
+    """List the snapshots of a world, oldest first."""
+    opened = open_world(world)
+    snapshots = opened.history()
+    if as_json:
+        print_json([s.model_dump(mode="json") for s in snapshots])
+        return OK
+    if not snapshots:
+        out.print(f"{opened.world_id} has no snapshot yet; make one: wg run {world}", markup=False)
+        return OK
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "snapshot", "ran", "action", "story"):
+        table.add_column(name)
+    for s in snapshots:
+        ran = sum(r.ran for r in s.stages)
+        story = (s.applied or {}).get("outcome", {}).get("narrative") or (s.carried.get("intent", {}).get("text") or "")
+        table.add_row(str(s.step), s.id[:12], f"{ran}/{len(s.stages)}", s.action or "", story[:80].replace("[", "("))
+    out.print(table)
+    return OK
+
+
+@app.command()
+@verb
+def show(world: Annotated[str, typer.Argument(metavar="WORLD[@STEP]")], *, as_json: Json = False) -> int:
+    """Show one step of a world: the last one, or WORLD@STEP."""
+    name, step = at_step(world)
+    opened = open_world(name)
+    snapshot = opened.store.head(opened.world_id) if step is None else opened.store.get(opened.world_id, step)
+    if snapshot is None:
+        raise ConfigError(f"{opened.world_id} has no snapshot yet; make one: wg run {name}")
+    if as_json:
+        print_json({**snapshot.model_dump(mode="json"), "id": snapshot.id, "files": pictures(opened, snapshot.carried)})
+    else:
+        print_step(opened, snapshot)
+    return OK
+
+
+@app.command()
+@verb
+def verify(world: WorldName, *, as_json: Json = False) -> int:
+    """Read all of a world's history again and check every hash."""
+    opened = open_world(world)
+    problems = [str(p) for p in opened.store.verify(opened.world_id)]
+    count = 0 if problems else len(opened.history())
+    if as_json:
+        print_json({"world": opened.world_id, "snapshots": count, "problems": problems})
+    elif problems:
+        for problem in problems:
+            err.print(problem, style="bold red", markup=False)
+    else:
+        out.print(f"{opened.world_id}: {count} snapshots, every hash holds", markup=False)
+    return FAILED if problems else OK
+
+
+@app.command()
+@verb
+def dev(
+    *,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> int:
+    """Open Dagster's page and daemon on this project."""
+    from wg_defs.dev import main as start
+
+    start(port=port, host=host)
+    return OK
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@models_app.command("list")
+@verb
+def models_list(*, as_json: Json = False) -> int:
+    """List the known models and which of them are here."""
+    from wg_blocks.store import ModelStore
+
+    rows = ModelStore().list()
+    if as_json:
+        print_json(rows)
+        return OK
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "use", "licence", "size", "here"):
+        table.add_column(name)
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:.0f} MB"
+        table.add_row(row["name"], row["use"], row["licence"] or "", size, "yes" if row["installed"] else "no")
+    out.print(table)
+    return OK
+
+
+@models_app.command("pull")
+@verb
+def models_pull(
+    names: Annotated[list[str] | None, typer.Argument(help="Names or refs; without any, what the shipped worlds use.")] = None,
+    *,
+    all_: Annotated[bool, typer.Option("--all", help="Every model of the catalogue.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Fetch models once, checked; afterwards they work offline."""
+    from wg_blocks.store import ModelStore, progress_bar
+
+    store = ModelStore()
+    wanted = names or [row["name"] for row in store.list() if all_ or row["default"]]
+    here = {row["name"] for row in store.list() if row["installed"]}
+    paths: dict[str, str] = {}
+    for name in wanted:
+        with progress_bar() as report:
+            paths[name] = str(store.pull(name, report))
+        if not as_json:
+            out.print(f"{name}: {'was here already' if name in here else 'fetched'}, {paths[name]}", markup=False)
+    if as_json:
+        print_json(paths)
+    return OK
+
+
+@models_app.command("verify")
+@verb
+def models_verify(
+    name: Annotated[str | None, typer.Argument(help="A model; without it, all that are here.")] = None, *, as_json: Json = False
+) -> int:
+    """Read stored models again and check every hash."""
+    from wg_blocks.store import ModelStore
+
+    problems = ModelStore().verify(name)
+    if as_json:
+        print_json({"problems": problems})
+    else:
+        for problem in problems:
+            err.print(problem, style="bold red", markup=False)
+        if not problems:
+            out.print("every hash holds")
+    return FAILED if problems else OK
+
+
+def main() -> None:
+    """Entry point of `wg`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a person may ask of one step, checked before the run starts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from wg_core.errors import ConfigError
+from wg_core.state.forms import BLOCKS
+
+LONGEST_ACTION = 20_000
+LARGEST_STATE_FILE = 16 * 2**20
+
+
+class Launch(dg.Config):
+    """The checked form, as the first op of a step receives it."""
+
+    action: str | None = None
+    initial_state: dict[str, Any] | None = None
+    seed: int | None = None
+    dry_run: bool = False
+
+
+def launch_mapping(begin_op: str) -> dg.ConfigMapping:
+    """The flat launch form of a step, and its way to the config of `begin_op`."""
+    blocks = {name: dg.Field(dg.Permissive(), is_required=False, description=f"Block `{name}`.") for name in BLOCKS}
+    schema = {
+        "action": dg.Field(
+            str,
+            default_value="",
+            description="What happens from outside, in words, for Development. Empty: the world goes on by itself.",
+        ),
+        "initial_state": dg.Field(
+            dg.Noneable(dg.ScalarUnion(scalar_type=str, non_scalar_schema=blocks)),
+            default_value=None,
+            description="A state to begin with instead of the carried one: the path of a JSON file, or its blocks.",
+        ),
+        "seed": dg.Field(
+            dg.Noneable(int),
+            default_value=None,
+            description="0 or more; equal seeds repeat a step. Left out: the world's own, or drawn once and recorded.",
+        ),
+        "dry_run": dg.Field(
+            bool,
+            default_value=False,
+            description="Check the whole cycle without models, network or storage; nothing is made.",
+        ),
+    }
+    return dg.ConfigMapping(config_schema=schema, config_fn=lambda given: {begin_op: {"config": checked(given)}})
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The launch form as plain values, with a state file read. Raises: ConfigError."""
+    action, seed, state = (given.get(name) for name in ("action", "seed", "initial_state"))
+    if action and len(action) > LONGEST_ACTION:
+        raise ConfigError(f"action: {len(action)} characters; the limit is {LONGEST_ACTION}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"seed: {seed} is outside 0 .. 2**63-1")
+    values: dict[str, Any] = {"dry_run": bool(given.get("dry_run", False))}
+    if action and action.strip():
+        values["action"] = action
+    if seed is not None:
+        values["seed"] = seed
+    if state is not None:
+        values["initial_state"] = _state(state)
+    return values
+
+
+def _state(given: Any) -> dict[str, Any]:
+    from wg_core.state.state import State
+
+    where = "initial_state"
+    if isinstance(given, str):
+        path = Path(given).expanduser()
+        where = f"initial_state {path}"
+        try:
+            if path.stat().st_size > LARGEST_STATE_FILE:
+                raise ConfigError(f"{where}: larger than {LARGEST_STATE_FILE} bytes")
+            given = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror or error}; give the path of a JSON file") from error
+    try:
+        return State.from_json(given).to_json()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
