@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,24 +96,34 @@ class MlflowTracker(dg.ConfigurableResource):
             import mlflow
             from mlflow import MlflowClient
 
-            if self.tracking_uri.startswith("sqlite:///"):
-                Path(self.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
             mlflow.set_tracking_uri(self.tracking_uri)  # traces go to the global address, runs to the client's
-            self._client = MlflowClient(self.tracking_uri)
+            with self._alone():
+                self._client = MlflowClient(self.tracking_uri)
         return self._client
 
     def _experiment(self, world_id: str) -> str:
         if world_id not in self._experiments:
             client = self._connect()
             name = f"world/{world_id}"
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                remote = self.tracking_uri.startswith("http")
-                place = None if remote else Path(self.artifacts, world_id).resolve().as_uri()
-                self._experiments[world_id] = client.create_experiment(name, artifact_location=place)
-            else:
-                self._experiments[world_id] = found.experiment_id
+            with self._alone():
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    remote = self.tracking_uri.startswith("http")
+                    place = None if remote else Path(self.artifacts, world_id).resolve().as_uri()
+                    self._experiments[world_id] = client.create_experiment(name, artifact_location=place)
+                else:
+                    self._experiments[world_id] = found.experiment_id
         return self._experiments[world_id]
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """One process at a time makes a local database or an experiment in it."""
+        from filelock import FileLock
+
+        if not self.tracking_uri.startswith("sqlite:///"):
+            return nullcontext()
+        database = Path(self.tracking_uri.removeprefix("sqlite:///"))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{database}.lock", timeout=120)
 
     def _url(self, experiment: str, run_id: str) -> str:
         base = self.ui_url or (self.tracking_uri if self.tracking_uri.startswith("http") else "")

@@ -49,7 +49,7 @@ class JsonValues(dg.ConfigurableIOManager):
 
     def _path(self, output: dg.OutputContext, reader: dg.InputContext | None = None) -> Path:
         if output.has_asset_key:
-            source = reader if reader is not None and reader.has_asset_partitions else output
+            source = reader or output
             keyed = source.asset_partition_keys[0] if source.has_asset_partitions else "value"
             parts = ["assets", *output.asset_key.path, keyed]
         else:

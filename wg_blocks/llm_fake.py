@@ -8,10 +8,21 @@ import random
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from wg_blocks.json_schema import bounded, check_schema, problems
-from wg_blocks.prompt import LLM_PORTS, Settings, context_items, conversations, pack, with_context
+from wg_blocks.prompt import (
+    LLM_PORTS,
+    Message,
+    Settings,
+    asked,
+    context_items,
+    conversations,
+    pack,
+    tally,
+    with_context,
+)
 from wg_core import Block, current_context
 from wg_core.errors import ConfigError, MissingExtraError, OutputContractError
 
@@ -57,54 +68,60 @@ class FakeLLM(Block):
         if schema is not None:
             check_schema(schema)
         items = context_items(inputs.get("context"))
-        lines = pack(items, settings.context_tokens, _words)
         context = current_context()
         seed = settings.seed if settings.seed is not None else context.node_seed()
-        usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
+        usage = tally()
         texts: list[str] = []
         data: list[Any] = []
         for index, chat in enumerate(chats):
-            messages = with_context(chat, lines)
-            key = hashlib.sha256(json.dumps([seed, index, messages]).encode()).digest()
-            text, value = self._answer(random.Random(key), schema, settings)
-            counts = {
-                "prompt_tokens": sum(_words(m["content"]) for m in messages),
-                "completion_tokens": _words(text),
-            }
-            usage["calls"] += 1
-            for name, number in counts.items():
-                usage[name] += number
-            context.add_usage(MODEL, **counts)
-            request = {"messages": messages, "schema": schema, "seed": seed}
-            context.emit("model_call", model=MODEL, request=request, answer=text, seconds=0.0, **counts)
-            texts.append(text)
-            data.append(value)
+            one = asked(chat, items, schema, settings, seed) | {"index": index}
+            got = context.ask(MODEL, one, partial(self._complete, chat, items, schema, settings, seed, index))
+            usage = tally(usage, got["usage"])
+            texts.append(got["answer"])
+            data.append(json.loads(got["answer"]) if schema is not None else None)
         out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
         if schema is not None:
             out["data"] = data if batch else data[0]
         return out
 
-    def _answer(self, rng: random.Random, schema: Any, settings: Settings) -> tuple[str, Any]:
+    def _complete(
+        self, chat: list[Message], items: list[dict[str, str]], schema: Any, settings: Settings, seed: int, index: int
+    ) -> dict[str, Any]:
+        lines = pack(items, settings.context_tokens, _words)
+        messages = with_context(chat, lines)
+        key = hashlib.sha256(json.dumps([seed, index, messages]).encode()).digest()
+        text = self._answer(random.Random(key), schema, settings)
+        counts = {"prompt_tokens": sum(_words(m["content"]) for m in messages), "completion_tokens": _words(text)}
+        context = current_context()
+        context.add_usage(MODEL, **counts)
+        request = {"messages": messages, "schema": schema, "seed": seed}
+        context.emit("model_call", model=MODEL, request=request, answer=text, seconds=0.0, **counts)
+        packed = {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
+        return {"answer": text, "messages": messages, "usage": {"calls": 1, **counts, **packed}}
+
+    def estimate_tokens(self, text: str) -> tuple[int, str]:
+        """Tokens of a text, and how they were counted."""
+        return _words(text), "words"
+
+    def _answer(self, rng: random.Random, schema: Any, settings: Settings) -> str:
         if self.script:
             with self._lock:
                 answer = self.script[self._given % len(self.script)]
                 self._given += 1
             text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
             if schema is None:
-                return text, None
+                return text
             try:
                 value = json.loads(text)
             except ValueError as error:
                 raise OutputContractError(f"llm/fake: a scripted answer is no JSON: {text[:200]}") from error
             if wrong := problems(schema, value):
                 raise OutputContractError(f"llm/fake: a scripted answer breaks the schema: {'; '.join(wrong)}")
-            return text, value
+            return text
         if schema is None:
             words = " ".join(sentence(rng) for _ in range(rng.randint(2, 4))).split()
-            return " ".join(words[: settings.max_new_tokens]), None
-        value = invent(schema, rng)
-        return json.dumps(value, ensure_ascii=False), value
+            return " ".join(words[: settings.max_new_tokens])
+        return json.dumps(invent(schema, rng), ensure_ascii=False)
 
 
 def _words(text: str) -> int:
@@ -224,7 +241,11 @@ class _Inventor:
         """A text of a pattern or format: a likely one if it fits, else a walk through the grammar byte by byte."""
         words = re.findall(r"[a-z]+", sentence(self.rng).lower())
         pattern = node.get("pattern")
-        for guess in (words[1], "_".join(words[:2]), words[1].title(), " ".join(words[:2]).title(), sentence(self.rng)):
+        said = [sentence(self.rng) for _ in range(3)]
+        if named := re.match(r"\^([A-Z][A-Za-z' -]*) \[a-z\]", pattern or ""):  # begins with a name
+            said[0] = f"{named[1]} {' '.join(said[0].split()[3:])}"
+        texts = (said[0], " ".join(said[:2]), " ".join(said))
+        for guess in (words[1], "_".join(words[:2]), words[1].title(), " ".join(words[:2]).title(), *texts):
             if pattern and "format" not in node and low <= len(guess) <= high and re.search(pattern, guess):
                 return guess
         try:

@@ -9,11 +9,22 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wg_blocks.json_schema import bounded, check_schema, problems
-from wg_blocks.prompt import LLM_PORTS, Message, Settings, context_items, conversations, pack, with_context
+from wg_blocks.prompt import (
+    LLM_PORTS,
+    Message,
+    Settings,
+    asked,
+    context_items,
+    conversations,
+    pack,
+    tally,
+    with_context,
+)
 from wg_blocks.store import ModelStore
 from wg_core import Block, current_context
 from wg_core.errors import ConfigError, MissingExtraError, MissingModelError, OutputContractError, PortValueError
@@ -110,6 +121,7 @@ class CausalLM(Block):
         self._sha256: str | None = None
         self._words: Any = None
         self._guide: Any = None
+        self._counter: Any = None
         self._lock = threading.RLock()
 
     # ---- weights
@@ -147,18 +159,19 @@ class CausalLM(Block):
         schema = inputs.get("schema")
         if schema is not None:
             check_schema(schema)
-        self.materialize()
         items = context_items(inputs.get("context"))
-        lines = pack(items, settings.context_tokens, self.count_tokens)
-        seed = settings.seed if settings.seed is not None else current_context().node_seed()
-        usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
+        context = current_context()
+        seed = settings.seed if settings.seed is not None else context.node_seed()
+        usage = tally()
         texts: list[str] = []
         data: list[Any] = []
         for index, chat in enumerate(chats):
-            text, value = self._complete(with_context(chat, lines), schema, settings, derive_seed(seed, index), usage)
-            texts.append(text)
-            data.append(value)
+            one = asked(chat, items, schema, settings, derive_seed(seed, index))
+            make = partial(self._complete, chat, items, schema, settings, derive_seed(seed, index))
+            got = context.ask(self.checkpoint_ref, one, make)
+            usage = tally(usage, got["usage"])
+            texts.append(got["answer"])
+            data.append(json.loads(got["answer"]) if schema is not None else None)
         out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
         if schema is not None:
             out["data"] = data if batch else data[0]
@@ -169,12 +182,39 @@ class CausalLM(Block):
         self.materialize()
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
+    def estimate_tokens(self, text: str) -> tuple[int, str]:
+        """Tokens of a text, and how they were counted: by the model's tokenizer where it is in the store, else by words.
+
+        Loads no weights.
+        """
+        try:
+            from tokenizers import Tokenizer
+
+            file = self.folder() / "tokenizer.json"
+            if self._counter is None and file.is_file():
+                self._counter = Tokenizer.from_file(str(file))
+        except (MissingModelError, ImportError):
+            pass
+        if self._counter is None:
+            return -(-len(text.split()) * 4 // 3), "words"
+        return len(self._counter.encode(text, add_special_tokens=False).ids), "tokenizer"
+
     def _complete(
-        self, chat: Sequence[Message], schema: Any, settings: Settings, seed: int, usage: dict[str, int]
-    ) -> tuple[str, Any]:
-        """Text and parsed value of one chat; a structure that breaks off is written again with more room."""
+        self,
+        chat: Sequence[Message],
+        items: Sequence[Mapping[str, str]],
+        schema: Any,
+        settings: Settings,
+        seed: int,
+    ) -> dict[str, Any]:
+        """The answer to one chat; a structure that breaks off is written again with more room."""
+        self.materialize()
+        lines = pack(items, settings.context_tokens, self.count_tokens)
+        chat = with_context(list(chat), lines)
+        usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
         context, prompt = current_context(), self._prompt_ids(chat)
-        answer, value, wrong = _Answer([], False), None, ["no attempt was made"]
+        answer, wrong = _Answer([], False), ["no attempt was made"]
         limit = getattr(self.module.config, "max_position_embeddings", None) or 1 << 30
         if len(prompt) + settings.max_new_tokens > limit:
             raise PortValueError(
@@ -197,11 +237,9 @@ class CausalLM(Block):
             context.emit(
                 "model_call", model=self.checkpoint_ref, request=request, answer=answer.text, seconds=seconds, **counts
             )
-            if schema is None:
-                return answer.text, None
-            value, wrong = self._read(answer, schema)
+            wrong = self._wrong(answer, schema) if schema is not None else []
             if not wrong:
-                return answer.text, value
+                return {"answer": answer.text, "messages": [dict(m) for m in chat], "usage": usage}
         raise OutputContractError(
             f"{self.checkpoint_ref} gave no valid structure in {1 + settings.max_repairs} attempts: "
             f"{'; '.join(wrong)}; raise params.max_new_tokens ({settings.max_new_tokens}) or bound the schema more. "
@@ -209,14 +247,14 @@ class CausalLM(Block):
         )
 
     @staticmethod
-    def _read(answer: _Answer, schema: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    def _wrong(answer: _Answer, schema: Mapping[str, Any]) -> list[str]:
         if not answer.ended:
-            return None, [f"it broke off after {len(answer.ids)} tokens"]
+            return [f"it broke off after {len(answer.ids)} tokens"]
         try:
             value = json.loads(answer.text)
         except ValueError as error:
-            return None, [f"no JSON: {error}"]
-        return value, problems(schema, value)
+            return [f"no JSON: {error}"]
+        return problems(schema, value)
 
     def _prompt_ids(self, chat: Sequence[Message]) -> list[int]:
         """Tokens of a chat; the model's control tokens are taken out of the texts, so that no text can end its turn."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from wg_blocks.json_schema import check_schema, problems
 from wg_core import Block, Port, current_context
-from wg_core.errors import OutputContractError, ToolError, did_you_mean
+from wg_core.errors import ConfigError, OutputContractError, ToolError, did_you_mean
 from wg_core.execution.context import CallContext, derive_seed
 from wg_core.structure.ids import check_id
 
@@ -22,87 +23,17 @@ _BY_TYPE: Final[dict[str, dict[str, Any]]] = {
     "ref": _REF,
     "image": _REF,
 }
-_KEYWORDS: Final = frozenset(
-    {"type", "enum", "const", "anyOf", "minimum", "maximum", "minLength", "maxLength"}
-    | {"items", "minItems", "maxItems", "properties", "required", "additionalProperties"}
-    | {"description", "title", "default"}
-)
-_PYTHON: Final[dict[str, tuple[type, ...]]] = {
-    "string": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "array": (list, tuple),
-    "object": (Mapping,),
-    "null": (type(None),),
-}
-
-
 # --- schemas ---------------------------------------------------------------------------------------------------------
 
 
-def check_schema(schema: Any, where: str) -> None:
-    """Refuse a schema with keywords that `schema_error` does not check, so that no bound is passed over.
-
-    Raises: ToolError.
-    """
-    if not isinstance(schema, Mapping):
-        raise ToolError(f"{where}: its schema is a mapping, not {type(schema).__name__}")
-    if unknown := sorted(set(schema) - _KEYWORDS):
-        raise ToolError(f"{where}: its schema uses {unknown[0]!r}; known keywords: {', '.join(sorted(_KEYWORDS))}")
-    if "type" in schema and schema["type"] not in _PYTHON:
-        raise ToolError(f"{where}: schema type {schema['type']!r}; {did_you_mean(str(schema['type']), _PYTHON)}")
-    if "additionalProperties" in schema and not isinstance(schema["additionalProperties"], bool):
-        raise ToolError(f"{where}: additionalProperties is true or false")
-    for name, below in schema.get("properties", {}).items():
-        check_schema(below, f"{where}.{name}")
-    for number, below in enumerate(schema.get("anyOf", ())):
-        check_schema(below, f"{where}.anyOf[{number}]")
-    if "items" in schema:
-        check_schema(schema["items"], f"{where}[]")
-
-
 def schema_error(value: Any, schema: Mapping[str, Any], where: str) -> str | None:
-    """What is wrong with a value under a schema of the keywords above, in words; None if nothing is."""
-    kind = schema.get("type")
-    if kind is not None:
-        fits = isinstance(value, _PYTHON[kind]) and (kind == "boolean" or not isinstance(value, bool))
-        if not fits or (isinstance(value, float) and not math.isfinite(value)):
-            return f"{where} is {kind}, not {value!r:.80}"
-    if "const" in schema and value != schema["const"]:
-        return f"{where} is {schema['const']!r}, not {value!r:.80}"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"{where} is one of {', '.join(map(repr, schema['enum']))}, not {value!r:.80}"
-    if "anyOf" in schema:
-        errors = [schema_error(value, option, where) for option in schema["anyOf"]]
-        if all(errors):
-            return f"{where} fits none of its forms: {'; '.join(e for e in errors if e)}"
-    size = len(value) if isinstance(value, (str, list, tuple)) else value
-    low, high = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems"), tuple: ("minItems", "maxItems")}.get(
-        type(value), ("minimum", "maximum")
-    )
-    if isinstance(size, (int, float)):
-        what = "length of " if isinstance(value, (str, list, tuple)) else ""
-        if low in schema and size < schema[low]:
-            return f"{what}{where} is at least {schema[low]}, not {size}"
-        if high in schema and size > schema[high]:
-            return f"{what}{where} is at most {schema[high]}, not {size}"
-    if isinstance(value, Mapping):
-        known = schema.get("properties", {})
-        for name in schema.get("required", ()):
-            if name not in value:
-                return f"{where} lacks {name!r}"
-        for name, item in value.items():
-            if name in known:
-                if error := schema_error(item, known[name], f"{where}.{name}"):
-                    return error
-            elif not schema.get("additionalProperties", True):
-                return f"{where} has no {name!r}; {did_you_mean(str(name), known)}"
-    if isinstance(value, (list, tuple)) and "items" in schema:
-        for number, item in enumerate(value):
-            if error := schema_error(item, schema["items"], f"{where}[{number}]"):
-                return error
-    return None
+    """What is wrong with a value under a schema, in words; None if nothing is. NaN and infinity are no numbers."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"{where} is no JSON value: {error}"
+    found = problems(schema, value)
+    return f"{where}{found[0].removeprefix('$')}" if found else None
 
 
 def params_schema(maker: Block, where: str) -> dict[str, Any]:
@@ -124,7 +55,10 @@ def params_schema(maker: Block, where: str) -> dict[str, Any]:
                     f"{where}: input {port.name!r} ({kinds}) cannot be asked for; give it a schema or default"
                 )
             continue
-        check_schema(found, f"{where}.{port.name}")
+        try:
+            check_schema(found)
+        except ConfigError as error:
+            raise ToolError(f"{where}.{port.name}: {error}") from error
         if port.description:
             found.setdefault("description", port.description)
         properties[port.name] = found
@@ -243,8 +177,12 @@ class Dispatch(Block):
                 raise ToolError(
                     f"{where}.slot is {self._slots[name]!r} for maker {name!r}, not {request['slot']!r:.80}"
                 )
-            if isinstance(request["params"], Mapping) and "seed" in request["params"]:
-                raise ToolError(f"{where}.params has no 'seed'; a seed stands in the request itself")
+            if isinstance(request["params"], Mapping):
+                if "seed" in request["params"]:
+                    raise ToolError(f"{where}.params has no 'seed'; a seed stands in the request itself")
+                for key in request["params"]:
+                    if key not in (known := self._schemas[name]["properties"]):
+                        raise ToolError(f"{where}.params has no {key!r:.80}; {did_you_mean(str(key), known)}")
             if error := schema_error(request["params"], self._schemas[name], f"{where}.params"):
                 raise ToolError(error)
             seed = {"type": "integer", "minimum": 0, "maximum": MAX_SEED}

@@ -129,6 +129,29 @@ def conversations(inputs: Mapping[str, Any]) -> tuple[list[list[Message]], bool]
     return chats, batch
 
 
+def asked(
+    chat: Sequence[Message], items: Sequence[Mapping[str, str]], schema: Any, settings: Settings, seed: int
+) -> dict[str, Any]:
+    """One call as it is asked, before anything is packed or counted: all that decides the answer, as plain JSON."""
+    how = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "seed"}
+    return {
+        "messages": [dict(m) for m in chat],
+        "context": [dict(i) for i in items],
+        "schema": schema,
+        "settings": {**how, "stop": list(settings.stop)},
+        "seed": seed,
+    }
+
+
+def tally(total: Mapping[str, int] | None = None, more: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The `usage` of a block's calls so far: calls and tokens add up, the context is that of the last call."""
+    counted = {n: 0 for n in ("calls", "prompt_tokens", "completion_tokens", "context_items", "context_dropped")}
+    counted |= dict(total or {})
+    for name, number in (more or {}).items():
+        counted[name] = number if name.startswith("context_") else counted[name] + number
+    return counted
+
+
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMS: Final = ("free", "island", "archipelago", "coast", "inland")
 GRID: Final = 128  # cells per side of the field that the model makes
-SIZES: Final = (128, 1024)  # pictures per side, from and to
+SIZES: Final = (64, 1024)  # pictures per side, from and to
 MAX_SEED: Final = 2**63 - 1
 
 _PORTS: Final = (
@@ -155,7 +155,7 @@ def erode(height: NDArray[np.float64], rounds: int = 4, strength: float = 0.035)
 class Relief(Block):
     """Maps of spectral noise: no model, small and deterministic.
 
-    `size` is the picture's side in pixels (128 to 1024).
+    `size` is the picture's side in pixels (64 to 1024).
     """
 
     ports = _PORTS
@@ -196,7 +196,7 @@ class Relief(Block):
         steep = smoothed(np.hypot(*np.gradient(fine)), 4.0 * self.size / GRID) * self.size / GRID
         fine += (0.3 + 0.3 * ruggedness) * steep * rough / float(rough.std())
         height = to_metres(fine, land_share, ruggedness)
-        coarse = resample(height, (GRID, GRID))
+        coarse = resample(height, (min(GRID, self.size),) * 2)
         worn = height + resample(erode(coarse) - coarse, shape, order=1)
         height = np.where(height >= 0, np.clip(worn, 0.5, 4199.0), height).astype(np.float32)
         image = render(height).astype(np.float32).transpose(2, 0, 1)[None] / np.float32(255)

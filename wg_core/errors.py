@@ -122,7 +122,7 @@ class NodeExecutionError(WGError, RuntimeError):
     """A block failed; names path, iteration and input kinds, with the original error as `__cause__`."""
 
 
-class AbortRun(WGError):  # noqa: N818 - a request, named as such in hooks
+class AbortRun(WGError):
     """Raised by a hook, or by cancelling, to stop a run cleanly."""
 
 
@@ -140,6 +140,14 @@ class CorruptSnapshotError(WGError, RuntimeError):
 
 class StaleOwnerError(WGError, RuntimeError):
     """The run's owner epoch is no longer the current one: another run took the world over."""
+
+
+class ReplayError(WGError, LookupError):
+    """A step cannot be replayed: it asks for an answer that was not recorded, or its record is not there."""
+
+
+class EndWorldError(WGError, TypeError):
+    """An End World is read, linked and quoted; it was asked to run or to change."""
 
 
 class MissingExtraError(WGError, ImportError):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from wg_core.state.home import home
 from wg_defs.checks import chain_check
 from wg_defs.jobs import add_steps_job, evolve_job
 from wg_defs.step import step_assets
-from wg_defs.worlds import BrokenFile, read_worlds
+from wg_defs.worlds import BROKEN, BrokenFile, read_worlds
 
 
 def build(
@@ -24,9 +25,11 @@ def build(
 
     `mlflow` turns tracking off or on; by default it is on unless `WG_MLFLOW=off`.
     """
+    # The version of an output has been in beta for years; one warning for each op would fill the log of every run.
+    warnings.filterwarnings("ignore", message=".*`data_version`", category=dg.BetaWarning)
     worlds, broken = read_worlds(folders)
     root = (root or home()).absolute()
-    assets: list[dg.AssetsDefinition | dg.AssetSpec] = [_broken_asset(file) for file in broken]
+    assets: list[dg.AssetsDefinition | dg.AssetSpec] = _broken_assets(broken)
     checks: list[dg.AssetChecksDefinition] = []
     jobs: list[dg.JobDefinition] = []
     for file in worlds:
@@ -52,11 +55,16 @@ def build(
     )
 
 
-def _broken_asset(file: BrokenFile) -> dg.AssetSpec:
-    stem = re.sub(r"[^A-Za-z0-9_]", "_", Path(file.path).stem) or "file"
-    return dg.AssetSpec(
-        dg.AssetKey(["broken_worlds", stem]),
-        group_name="broken_worlds",
-        description=f"This file is not a world, so it has no steps.\n\n```\n{file.problem}\n```",
-        metadata={"file": dg.MetadataValue.path(file.path), "problem": dg.MetadataValue.text(file.problem)},
-    )
+def _broken_assets(files: Sequence[BrokenFile]) -> list[dg.AssetsDefinition | dg.AssetSpec]:
+    """A place on the page for every file that is not a world, so that its problem is seen there too."""
+    assets: dict[str, dg.AssetSpec] = {}
+    for file in files:
+        stem = re.sub(r"[^A-Za-z0-9_]", "_", Path(file.path).stem) or "file"
+        name = next(n for n in (stem, *(f"{stem}_{i}" for i in range(2, len(files) + 2))) if n not in assets)
+        assets[name] = dg.AssetSpec(
+            dg.AssetKey([BROKEN, name]),
+            group_name=BROKEN,
+            description=f"This file is not a world, so it has no steps.\n\n```\n{file.problem}\n```",
+            metadata={"file": dg.MetadataValue.path(file.path), "problem": dg.MetadataValue.text(file.problem)},
+        )
+    return list(assets.values())

@@ -59,7 +59,11 @@ def verb(command: Callable[..., Any]) -> Callable[..., Any]:
         except (WGError, OSError, KeyboardInterrupt) as error:
             if debug:
                 raise
-            message = "interrupted; the world goes on from its last snapshot" if isinstance(error, KeyboardInterrupt) else str(error)
+            message = (
+                "interrupted; the world goes on from its last snapshot"
+                if isinstance(error, KeyboardInterrupt)
+                else str(error)
+            )
             if kwargs.get("as_json"):
                 print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}, ensure_ascii=False))
             else:
@@ -189,9 +193,13 @@ def run(
     world: WorldName,
     *,
     steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
-    action: Annotated[str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")] = None,
+    action: Annotated[
+        str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="A JSON file of a state that the first step begins with.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the steps; without one each step draws its own.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the steps; without one each step draws its own.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the whole cycle; no model, no snapshot.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -315,7 +323,9 @@ def evolve(
     *,
     steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
     until: Annotated[int | None, typer.Option(min=0, help="Go on up to this step instead.")] = None,
-    action: Annotated[str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")] = None,
+    action: Annotated[
+        str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first step.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -436,7 +446,9 @@ def models_list(*, as_json: Json = False) -> int:
 @models_app.command("pull")
 @verb
 def models_pull(
-    names: Annotated[list[str] | None, typer.Argument(help="Names or refs; without any, what the shipped worlds use.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names or refs; without any, what the shipped worlds use.")
+    ] = None,
     *,
     all_: Annotated[bool, typer.Option("--all", help="Every model of the catalogue.")] = False,
     as_json: Json = False,
@@ -461,7 +473,9 @@ def models_pull(
 @models_app.command("verify")
 @verb
 def models_verify(
-    name: Annotated[str | None, typer.Argument(help="A model; without it, all that are here.")] = None, *, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="A model; without it, all that are here.")] = None,
+    *,
+    as_json: Json = False,
 ) -> int:
     """Read stored models again and check every hash."""
     from wg_blocks.store import ModelStore

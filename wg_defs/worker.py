@@ -43,6 +43,7 @@ def evolve(
     action: str | None = None,
     seed: int | None = None,
     folders: Sequence[Path] | None = None,
+    root: Path | None = None,
     instance: dg.DagsterInstance | None = None,
     mlflow: bool | None = None,
     on_step: Callable[[Evolved], None] | None = None,
@@ -50,19 +51,19 @@ def evolve(
     """Run the next `steps` steps of a world one after the other, or all up to step `until`; stop at a failure.
 
     `action` and `seed` belong to the first of them. Every step is a run of the job `<world>__evolve` on the instance
-    that the page shows; `on_step` is called after each.
+    that the page shows; `on_step` is called after each. Values and tracking lie below `root` (`WG_HOME`).
 
     Raises: ConfigError for an unknown world, a broken file or a bad number.
     """
     from wg_core.levels.world import World
 
+    if until is None and steps < 1:
+        raise ConfigError(f"steps: {steps} is less than 1")
     file = world_file(world_name, folders)
     world = World.from_yaml(file.path)
     last = last_step(world)
     if until is not None:
         steps = max(0, until - last)
-    elif steps < 1:
-        raise ConfigError(f"steps: {steps} is less than 1")
     owned = open_instance() if instance is None else None
     on = instance or owned
     assert on is not None
@@ -70,7 +71,7 @@ def evolve(
         for run_id in reap(on):
             log.warning("closed run %s, whose process was killed", run_id)
         prepare(on, file.world_id, last)
-        job = build([Path(file.path)], mlflow=mlflow).resolve_job_def(evolve_name(file.world_id))
+        job = build([Path(file.path)], root=root, mlflow=mlflow).resolve_job_def(evolve_name(file.world_id))
         done: list[Evolved] = []
         for number in range(steps):
             asked = {"action": action, "seed": seed} if number == 0 else {}

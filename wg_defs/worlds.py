@@ -17,6 +17,10 @@ ROLES = ("philosopher", "author", "world_update", "development", "architect", "c
 """The canonical cycle, in the order in which a step runs it."""
 
 
+BROKEN = "broken_worlds"
+"""The group on the page that lists broken files."""
+
+
 @dataclass(frozen=True)
 class WorldFile:
     """One world file, read but not built."""
@@ -90,6 +94,8 @@ def read_world(path: Path) -> WorldFile | None:
         world_id = check_id(data.get("world_id"), "world id")
     except WGError as error:
         raise document.error(("world_id",), str(error)) from None
+    if world_id == BROKEN:
+        raise document.error(("world_id",), f"{BROKEN!r} is where the page lists broken files; choose another id")
     execution, content = data.get("execution"), data.get("content")
     text = json.dumps(execution, sort_keys=True, ensure_ascii=False)
     return WorldFile(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
+from wg_blocks.templates.graphs import GRAPHS
 from wg_core.assembly.loader import parse
 
 
 def register(templates: Any) -> None:
     """Register all templates of this package."""
     templates.register("world", "stub", stub)
+    for name, builder in GRAPHS.items():
+        templates.register("graph", name, builder)
 
 
 def stub(world_id: str = "stub", seed: int | None = None) -> dict[str, Any]:

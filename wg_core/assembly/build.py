@@ -59,7 +59,9 @@ def _refuse_refs(document: Document, value: Any, where: tuple[str | int, ...]) -
     if isinstance(value, dict):
         mapping = cast("dict[str, Any]", value)
         if "ref" in mapping and mapping.keys() <= {"ref", "overrides"}:
-            raise document.error(where, "text may not refer to files; load the world from its file, or write the part out")
+            raise document.error(
+                where, "text may not refer to files; load the world from its file, or write the part out"
+            )
         for key, below in mapping.items():
             if where or key != "content":
                 _refuse_refs(document, below, (*where, key))
@@ -75,7 +77,9 @@ def kind_of_document(document: Document) -> str:
         raise document.error((), "this is not a mapping with a 'kind'")
     kind = cast("dict[str, Any]", data).get("kind")
     if kind not in KINDS:
-        raise document.error(("kind",) if kind is not None else (), f"unknown kind {kind!r}; {did_you_mean(str(kind), KINDS)}")
+        raise document.error(
+            ("kind",) if kind is not None else (), f"unknown kind {kind!r}; {did_you_mean(str(kind), KINDS)}"
+        )
     return str(kind)
 
 
@@ -104,24 +108,32 @@ def fill_graph(graph: ExecutableGraph[Block], entries: list[NodeEntry], build: B
 
 
 def _model_defaults(entry: NodeEntry, build: Build) -> Mapping[str, Any]:
-    return build.models[entry.model].defaults if entry.model in build.models else {}
+    model = build.models.get(entry.model or "")
+    return model.defaults if model is not None else {}
 
 
 def _block(graph: ExecutableGraph[Block], entry: NodeEntry, build: Build) -> Block:
     if entry.shares is not None:
         if entry.shares not in graph.nodes:
-            raise NodeError(f"node {entry.node_id!r} shares {entry.shares!r}, which is no earlier node; {did_you_mean(entry.shares, graph.nodes)}")
+            raise NodeError(
+                f"node {entry.node_id!r} shares {entry.shares!r}, which is no earlier node; {did_you_mean(entry.shares, graph.nodes)}"
+            )
         return graph.nodes[entry.shares].child
     if entry.model is not None:
         model = build.models.get(entry.model)
         if model is None:
-            raise NodeError(f"node {entry.node_id!r} names model {entry.model!r}; {did_you_mean(entry.model, build.models)}")
+            raise NodeError(
+                f"node {entry.node_id!r} names model {entry.model!r}; {did_you_mean(entry.model, build.models)}"
+            )
         return build.registry.build({"block_type": model.block_type, "config": model.config}, pool=build.pool)
     return build.registry.build({"block_type": entry.block_type, "config": entry.config}, pool=build.pool)
 
 
 def fill_level(
-    level: ExecutableGraph[Any], entry: LevelEntry | StageEntry, build: Build, child: Callable[[Any, Build], Any] | None = None
+    level: ExecutableGraph[Any],
+    entry: LevelEntry | StageEntry,
+    build: Build,
+    child: Callable[[Any, Build], Any] | None = None,
 ) -> None:
     """Everything that all levels share: children (with `child`), edges, exposed ports, links; then validation."""
     if child is not None:
@@ -148,13 +160,15 @@ def fill_level(
     level.metadata = dict(entry.metadata)
     level.links = list(entry.links)
     level.hyperedges = list(entry.hyperedges)
-    level.loops = [
+    level.set_loops(
         LoopSpec(
-            loop.loop_id, loop.num_steps, loop.until.model_dump() if loop.until else None, tuple(loop.order) if loop.order else None
+            loop.loop_id,
+            loop.num_steps,
+            loop.until.model_dump() if loop.until else None,
+            tuple(loop.order) if loop.order else None,
         )
         for loop in getattr(entry, "loops", ())
-    ]
-    level.version += 1
+    )
     result = level.validate(strict=False)
     if not result.is_valid:
         raise build.error(ConfigError(str(result)))
@@ -201,7 +215,11 @@ def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> di
         ]
 
     def loop(spec: LoopSpec) -> dict[str, Any]:
-        values = {"num_steps": spec.num_steps, "until": dict(spec.until) if spec.until else None, "order": list(spec.order or ()) or None}
+        values = {
+            "num_steps": spec.num_steps,
+            "until": dict(spec.until) if spec.until else None,
+            "order": list(spec.order or ()) or None,
+        }
         return {"loop_id": spec.loop_id, **{k: v for k, v in values.items() if v is not None}}
 
     config: dict[str, Any] = {"kind": level.level, "schema_version": "1.0", "id": level.id, "nodes": nodes}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,30 @@ MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 60
 MAX_NODES = 200_000
 MAX_REF_DEPTH = 20
+MAX_REFS = 1000
 
 Where = tuple[str | int, ...]
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")}
 _TEXT_FILES = (".txt", ".md")
+
+
+# YAML 1.1 takes `1e-4` for text; JSON, and whoever writes it, means a number. Reader and writer agree on it.
+_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the numbers that JSON has."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back, without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _side in (_Loader, Dumper):
+    cast(Any, _side).add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 @dataclass(slots=True)
@@ -59,7 +80,7 @@ def parse(text: str, source: str = "<text>") -> Document:
         raise ConfigError(f"{source}: {len(text)} characters; the limit is {MAX_BYTES}")
     try:
         _check_events(text, source)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = cast(Any, yaml.compose(text, Loader=_Loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -71,8 +92,9 @@ def parse(text: str, source: str = "<text>") -> Document:
 
 
 def _check_events(text: str, source: str) -> None:
-    depth = count = documents = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    depth = documents = 0
+    events = cast("Iterable[Any]", yaml.parse(text, Loader=yaml.SafeLoader))
+    for count, event in enumerate(events, 1):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise ConfigError(f"{source}:{line}: anchors and aliases are not allowed; write the value out")
@@ -89,7 +111,6 @@ def _check_events(text: str, source: str) -> None:
                 raise ConfigError(f"{source}:{line}: nested deeper than {MAX_DEPTH}")
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             depth -= 1
-        count += 1
         if count > MAX_NODES:
             raise ConfigError(f"{source}:{line}: more than {MAX_NODES} values")
 
@@ -97,7 +118,7 @@ def _check_events(text: str, source: str) -> None:
 class _Builder:
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.scalars = yaml.SafeLoader("")
+        self.scalars = _Loader("")
 
     def build(self, node: Any, where: Where) -> Any:
         document = self.document
@@ -110,9 +131,13 @@ class _Builder:
                     raise ConfigError(f"{document.source}:{line}: a key must be text")
                 key = key_node.value
                 if key_node.tag.endswith(":merge"):
-                    raise ConfigError(f"{document.source}:{line}: merge keys ('<<') are not allowed; write the values out")
+                    raise ConfigError(
+                        f"{document.source}:{line}: merge keys ('<<') are not allowed; write the values out"
+                    )
                 if key in mapping:
-                    raise ConfigError(f"{document.source}:{line}: {'.'.join(map(str, (*where, key)))}: this key occurs twice")
+                    raise ConfigError(
+                        f"{document.source}:{line}: {'.'.join(map(str, (*where, key)))}: this key occurs twice"
+                    )
                 document.places[(*where, key)] = (document.source, line)
                 mapping[key] = self.build(value_node, (*where, key))
             return mapping
@@ -123,11 +148,16 @@ class _Builder:
         if node.tag.endswith(":timestamp"):
             return node.value
         try:
-            value = self.scalars.construct_object(node)
+            value = cast(Any, self.scalars.construct_object(node))
         except (ValueError, OverflowError) as error:
             raise document.error(where, f"unreadable value: {error}") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise document.error(where, "NaN and infinity are not allowed")
+        if isinstance(value, str):
+            try:  # JSON writes characters beyond 16 bits as two escapes
+                return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                raise document.error(where, "half of a surrogate pair is no character") from None
         return value
 
 
@@ -141,6 +171,8 @@ def read(path: Path | str, *, root: Path | None = None, refs: bool = True) -> Do
     """
     file = Path(path)
     try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{file}: {file.stat().st_size} bytes; the limit is {MAX_BYTES}")
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text: {error}") from None
@@ -156,6 +188,7 @@ class _Refs:
     def __init__(self, document: Document, root: Path) -> None:
         self.document = document
         self.root = root
+        self.count = 0
 
     def expand(self, file: Path) -> None:
         self.document.data = self._walk(self.document.data, (), [file])
@@ -165,7 +198,10 @@ class _Refs:
             mapping = cast("dict[str, Any]", value)
             if "ref" in mapping and mapping.keys() <= {"ref", "overrides"}:
                 return self._load(mapping, where, files)
-            return {k: v if where == () and k == "content" else self._walk(v, (*where, k), files) for k, v in mapping.items()}
+            return {
+                k: v if where == () and k == "content" else self._walk(v, (*where, k), files)
+                for k, v in mapping.items()
+            }
         if isinstance(value, list):
             return [self._walk(v, (*where, i), files) for i, v in enumerate(cast("list[Any]", value))]
         return value
@@ -179,12 +215,17 @@ class _Refs:
         try:
             safe_path(self.root, str(target))
         except ConfigError:
-            raise document.error((*where, "ref"), f"{name!r} leaves the folder {str(self.root)!r}; refs stay inside it") from None
+            raise document.error(
+                (*where, "ref"), f"{name!r} leaves the folder {str(self.root)!r}; refs stay inside it"
+            ) from None
         if target in files:
             cycle = " -> ".join(f.name for f in [*files[files.index(target) :], target])
             raise document.error((*where, "ref"), f"references go in a cycle: {cycle}")
         if len(files) > MAX_REF_DEPTH:
             raise document.error((*where, "ref"), f"references nested deeper than {MAX_REF_DEPTH}")
+        self.count += 1
+        if self.count > MAX_REFS:
+            raise document.error((*where, "ref"), f"more than {MAX_REFS} references, counting those in referred files")
         if not target.is_file():
             raise document.error((*where, "ref"), f"there is no file {name!r} (looked for {target})")
         if target.suffix in _TEXT_FILES:
@@ -197,7 +238,10 @@ class _Refs:
         for path, place in below.places.items():
             document.places[(*where, *path)] = place
         data = self._walk(below.data, where, [*files, target])
-        overrides = mapping.get("overrides")
+        overrides = self._walk(mapping.get("overrides"), (*where, "overrides"), files)
+        for path in [p for p in document.places if p[: len(where) + 1] == (*where, "overrides")]:
+            if path[len(where) + 1 :]:
+                document.places[(*where, *path[len(where) + 1 :])] = document.places[path]
         return data if overrides is None else self._override(data, overrides, where)
 
     def _override(self, data: Any, overrides: Any, where: Where) -> Any:
@@ -255,7 +299,8 @@ def _fields(model: type[BaseModel], where: Where) -> list[str]:
 def _inner_model(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
+    arguments: tuple[Any, ...] = getattr(cast(Any, annotation), "__args__", ())
+    for argument in arguments:
         found = _inner_model(argument)
         if found is not None:
             return found

@@ -40,11 +40,20 @@ class ModelPool:
 
         block_type, block_id, inner = canonical(config)
         factory = registry.get(block_type, inner.get("backend", "local"))
-        key = model_key(block_type, inner.get("backend", "local"), inner, getattr(factory, "call_time_keys", frozenset()))
+        key = model_key(
+            block_type, inner.get("backend", "local"), inner, getattr(factory, "call_time_keys", frozenset())
+        )
         if key is None or inner.get("reuse") is False or not getattr(factory, "poolable", True):
             return registry.build_new(block_type, block_id, inner, self)
         with self._lock:
             future = self._entries.get(key)
+            if (
+                future is not None
+                and future.done()
+                and future.exception() is None
+                and future.result().weights_changed()
+            ):
+                future = None  # trained or loaded over: its users keep it, but its reference names other weights
             mine = future is None
             if future is None:
                 future = self._entries[key] = Future()

@@ -40,7 +40,9 @@ class BlockRegistry:
         self._lock = threading.RLock()
         self.broken_plugins: dict[str, str] = {}
 
-    def register(self, block_type: str, factory: Factory | str, *, backend: str = "local", override: bool = False) -> None:
+    def register(
+        self, block_type: str, factory: Factory | str, *, backend: str = "local", override: bool = False
+    ) -> None:
         """Register a factory; doing so again with the same one changes nothing.
 
         Raises: ConfigError for a bad type, DuplicateBlockTypeError for a taken one without `override`.
@@ -79,7 +81,9 @@ class BlockRegistry:
         backends = self._factories.get(block_type)
         if not backends:
             broken = f"; broken plugins: {self.broken_plugins}" if self.broken_plugins else ""
-            raise UnknownBlockTypeError(f"block type {block_type!r} is not registered; {did_you_mean(block_type, self._factories)}{broken}")
+            raise UnknownBlockTypeError(
+                f"block type {block_type!r} is not registered; {did_you_mean(block_type, self._factories)}{broken}"
+            )
         factory = backends.get(backend)
         if factory is None:
             raise UnknownBlockTypeError(
@@ -87,8 +91,12 @@ class BlockRegistry:
             )
         if isinstance(factory, str):
             module, _, attribute = factory.partition(":")
-            factory = cast(Factory, getattr(importlib.import_module(module), attribute))
-            backends[backend] = factory
+            try:
+                return cast(Factory, getattr(importlib.import_module(module), attribute))
+            except (ImportError, AttributeError) as error:
+                raise UnknownBlockTypeError(
+                    f"block type {block_type!r} is registered as {factory!r}, which cannot be imported: {error}"
+                ) from error
         return factory
 
     def list(self, role: str | None = None) -> list[str]:
@@ -119,7 +127,9 @@ class BlockRegistry:
             return pool.get_or_build({"block_type": block_type, "block_id": block_id, "config": inner}, self)
         return self.build_new(block_type, block_id, inner, None)
 
-    def build_new(self, block_type: str, block_id: str | None, config: Mapping[str, Any], pool: ModelPool | None) -> Block:
+    def build_new(
+        self, block_type: str, block_id: str | None, config: Mapping[str, Any], pool: ModelPool | None
+    ) -> Block:
         """Build a block of its own, past the pool."""
         backend = config.get("backend", "local")
         if not isinstance(backend, str):
@@ -149,7 +159,7 @@ def _call(factory: Factory, block_type: str, block_id: str | None, arguments: di
     target = factory.__init__ if inspect.isclass(factory) else factory
     parameters = inspect.signature(target).parameters
     extra: dict[str, Any] = {"build": build} if "build" in parameters else {}
-    if "config" in parameters:
+    if "config" in parameters and parameters["config"].kind is not inspect.Parameter.VAR_KEYWORD:
         return factory(block_id, config=arguments, **extra)
     known = [n for n, p in parameters.items() if n not in ("self", "build", "block_id") and p.kind is not p.VAR_KEYWORD]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -203,7 +213,9 @@ def refuse_secrets(value: Any, owner: str) -> None:
     if isinstance(value, Mapping):
         for key, below in cast("Mapping[str, Any]", value).items():
             if _SECRETS.search(key.lower()) and isinstance(below, str):
-                raise ConfigError(f"{owner}: {key!r} looks like a secret; secrets stay in the environment, name the variable: {key}_env")
+                raise ConfigError(
+                    f"{owner}: {key!r} looks like a secret; secrets stay in the environment, name the variable: {key}_env"
+                )
             refuse_secrets(below, owner)
     elif isinstance(value, list):
         for below in cast("list[Any]", value):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 from wg_core.errors import DuplicateBlockTypeError, TemplateParameterError, UnknownTemplateError, did_you_mean
 
+_log = logging.getLogger("wg_core.templates")
 Builder = Callable[..., dict[str, Any]]
 
 
@@ -18,6 +20,7 @@ class TemplateRegistry:
     def __init__(self, *, plugins: bool = False) -> None:
         self._builders: dict[tuple[str, str], Builder] = {}
         self._pending_plugins = plugins
+        self.broken_plugins: dict[str, str] = {}
 
     def register(self, kind: str, name: str, builder: Builder) -> None:
         """Raises: DuplicateBlockTypeError for a taken name."""
@@ -37,7 +40,9 @@ class TemplateRegistry:
         self._load_plugins()
         builder = self._builders.get((kind, name))
         if builder is None:
-            raise UnknownTemplateError(f"no {kind} template {name!r}; {did_you_mean(name, [n for k, n in self._builders if k == kind])}")
+            raise UnknownTemplateError(
+                f"no {kind} template {name!r}; {did_you_mean(name, [n for k, n in self._builders if k == kind])}"
+            )
         known = _parameters(builder)
         for key in parameters:
             if key not in known:
@@ -51,7 +56,11 @@ class TemplateRegistry:
         if self._pending_plugins:
             self._pending_plugins = False
             for point in entry_points(group="wg.templates"):
-                point.load()(self)
+                try:
+                    point.load()(self)
+                except Exception as error:  # a broken plugin must not take the others down
+                    self.broken_plugins[point.name] = f"{type(error).__name__}: {error}"
+                    _log.warning("plugin %r of %s is broken and left out: %s", point.name, point.value, error)
 
 
 def _parameters(builder: Builder) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class MemoryBlobs:
         try:
             return self._data[sha]
         except KeyError:
-            raise CorruptSnapshotError(f"blob {sha!r} is not in this run's memory; give the run the store that holds it") from None
+            raise CorruptSnapshotError(
+                f"blob {sha!r} is not in this run's memory; give the run the store that holds it"
+            ) from None
 
     def has(self, sha: str) -> bool:
         return sha in self._data

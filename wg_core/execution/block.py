@@ -10,9 +10,11 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from wg_core.errors import (
+    CheckpointError,
     ConfigError,
     MissingInputError,
     OutputContractError,
@@ -45,6 +47,16 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
 
 
+class Checkpoints(Protocol):
+    """What writes and reads checkpoint files; the weights floor, which is above this one, puts it into `Block`."""
+
+    def save(self, block: Block, path: Path | str, *, format: str, backend: str) -> Path: ...
+
+    def load(
+        self, block: Block, path: Path | str, *, strict: bool, rename: Mapping[str, str] | None, verify: bool
+    ) -> LoadReport: ...
+
+
 class Block:
     """Base of all blocks: declare `ports`, implement `forward`.
 
@@ -60,6 +72,8 @@ class Block:
     config_model: ClassVar[Any] = None
     call_time_keys: ClassVar[frozenset[str]] = frozenset()
 
+    checkpoints: ClassVar[Checkpoints | None] = None
+
     block_type: str | None = None
     backend: str = "local"
     training: bool = False
@@ -68,7 +82,7 @@ class Block:
     _index: ClassVar[PortIndex] = PortIndex((), "Block")
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
     _model_key: tuple[str, ...] | None = None
-    placement: Mapping[str, Any] = {}  # noqa: RUF012 - `backend` and `reuse` as the config had them; never changed in place
+    placement: Mapping[str, Any] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         block = super().__new__(cls)
@@ -104,18 +118,21 @@ class Block:
 
         Raises: ConfigError if an argument is not JSON.
         """
-        args, kwargs = self._arguments
-        parameters = inspect.signature(type(self).__init__).parameters
-        names = [n for n, p in parameters.items() if n != "self" and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if "config" in parameters:
-            config = dict(given.get("config") or {})
-        else:
-            config = {k: v for k, v in given.items() if k not in ("block_id", "build")}
         try:
-            return json.loads(json.dumps(config, allow_nan=False))
+            return json.loads(json.dumps(self._named_arguments(), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"block {self.name!r}: its config is not plain JSON data: {error}") from error
+
+    def _named_arguments(self) -> dict[str, Any]:
+        args, kwargs = self._arguments
+        parameters = inspect.signature(type(self).__init__).parameters
+        names = [
+            n for n, p in parameters.items() if n != "self" and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "config" in parameters and parameters["config"].kind is not inspect.Parameter.VAR_KEYWORD:
+            return dict(given.get("config") or {})
+        return {k: v for k, v in given.items() if k not in ("block_id", "build")}
 
     def to_config(self) -> dict[str, Any]:
         """`{block_type, block_id?, config}`, enough to build an equal block without weights.
@@ -130,8 +147,8 @@ class Block:
 
     def model_ref(self) -> tuple[str, ...] | None:
         """The key under which the pool shares this block's model, or None."""
-        given = self._arguments[1]
-        named = {**given, **(given.get("config") or {})}
+        args, given = self._arguments
+        named: dict[str, Any] = self._named_arguments() if args else {**given, **(given.get("config") or {})}
         if self.placement.get("reuse") is False or not ("checkpoint_ref" in named or "model_id" in named):
             return None
         if self._model_key is None:
@@ -186,14 +203,18 @@ class Block:
         for key, value in inputs.items():
             port = ports.by_name.get(key)
             if port is None or port.direction != "in":
-                raise UnexpectedInputError(f"block {self.name!r} has no input {key!r}; {did_you_mean(key, ports.inputs)}")
+                raise UnexpectedInputError(
+                    f"block {self.name!r} has no input {key!r}; {did_you_mean(key, ports.inputs)}"
+                )
             given[port.name] = value
         for name, port in ports.inputs.items():
             if name not in given and port.default is not UNSET:
                 given[name] = copy.deepcopy(port.default)
         missing = [n for n, p in ports.inputs.items() if n not in given and not p.optional]
         if missing:
-            raise MissingInputError(f"block {self.name!r} needs {', '.join(map(repr, missing))}; given: {sorted(inputs) or 'nothing'}")
+            raise MissingInputError(
+                f"block {self.name!r} needs {', '.join(map(repr, missing))}; given: {sorted(inputs) or 'nothing'}"
+            )
         if strict_types:
             check_kinds(self.name, ports.inputs, given)
         outputs = self.forward(given)
@@ -246,7 +267,9 @@ class Block:
         for name, sub in self.get_sub_blocks().items():
             clash = [k for k in state if k.startswith(f"{name}.")]
             if clash:
-                raise StateDictError(f"block {self.name!r}: own state key {clash[0]!r} begins like sub-block {name!r}; rename one")
+                raise StateDictError(
+                    f"block {self.name!r}: own state key {clash[0]!r} begins like sub-block {name!r}; rename one"
+                )
             state.update({f"{name}.{k}": v for k, v in sub.state_dict().items()})
         return state
 
@@ -316,11 +339,70 @@ class Block:
         """Names of modules that accept weight adapters."""
         return []
 
-    def to(self, device: Any) -> Self:
-        """Move weights to a device; the base has none."""
-        for sub in self.get_sub_blocks().values():
-            sub.to(device)
+    def freeze(self, patterns: str | Sequence[str] | None = None) -> Self:
+        """Keep parameters from learning: those whose names match a glob (`"net.*"`), without patterns all.
+
+        What is wholly frozen stays in evaluation mode. Raises: ConfigError if no parameter matches.
+        """
+        return self._hold(patterns, True)
+
+    def unfreeze(self, patterns: str | Sequence[str] | None = None) -> Self:
+        """Undo `freeze` where names match; what was not learning before stays so. Raises: ConfigError as `freeze`."""
+        return self._hold(patterns, False)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether there are parameters and none of them learns."""
+        learning = [parameter.requires_grad for _, parameter in self.named_parameters()]
+        return bool(learning) and not any(learning)
+
+    def _hold(self, patterns: str | Sequence[str] | None, frozen: bool) -> Self:
+        globs = [patterns] if isinstance(patterns, str) else patterns
+        if not self.hold_parameters("", globs, frozen) and globs is not None:
+            names = [name for name, _ in self.named_parameters()]
+            if names:
+                raise ConfigError(
+                    f"block {self.name!r}: no parameter matches {globs}; {did_you_mean(str(globs[0]), names)}"
+                )
         return self
+
+    def hold_parameters(self, prefix: str, globs: Sequence[str] | None, frozen: bool) -> int:
+        """Freeze or unfreeze what matches, here and below, and say how many parameters did; none in the base.
+
+        Names are matched with `prefix` before them.
+        """
+        return sum(
+            sub.hold_parameters(f"{prefix}{name}.", globs, frozen) for name, sub in self.get_sub_blocks().items()
+        )
+
+    def weights_changed(self) -> bool:
+        """Whether this block no longer is what its model reference says; the pool then serves a fresh one."""
+        return self.model_revision > 0 or any(sub.weights_changed() for sub in self.get_sub_blocks().values())
+
+    def to(self, device: Any = None, dtype: Any = None) -> Self:
+        """Move weights to a device, or to another float type; the base has none."""
+        for sub in self.get_sub_blocks().values():
+            sub.to(device, dtype)
+        return self
+
+    def save_checkpoint(self, path: Path | str, *, format: str = "dir", backend: str = "safetensors") -> Path:
+        """Write the state of this block and all below it to `path`. Raises: CheckpointError."""
+        return self._checkpoints().save(self, path, format=format, backend=backend)
+
+    def load_from_checkpoint(
+        self, path: Path | str, *, strict: bool = True, rename: Mapping[str, str] | None = None, verify: bool = True
+    ) -> LoadReport:
+        """Load what `save_checkpoint` wrote; nothing changes if it raises.
+
+        Raises: FileNotFoundError, CheckpointError, StateDictError.
+        """
+        return self._checkpoints().load(self, path, strict=strict, rename=rename, verify=verify)
+
+    @classmethod
+    def _checkpoints(cls) -> Checkpoints:
+        if cls.checkpoints is None:
+            raise CheckpointError("no checkpoint writer is installed; import wg_core.weights.checkpoint")
+        return cls.checkpoints
 
     def describe(self) -> dict[str, Any]:
         """Role, ports and properties as plain data."""
@@ -351,14 +433,16 @@ def model_key(
     """
     reference, remote = config.get("checkpoint_ref"), config.get("model_id")
     if reference is not None and remote is not None:
-        raise ConfigError(f"block {block_type!r}: give checkpoint_ref (local weights) or model_id (a remote model), not both")
+        raise ConfigError(
+            f"block {block_type!r}: give checkpoint_ref (local weights) or model_id (a remote model), not both"
+        )
     if reference is None and remote is None:
         return None
     if reference is not None:
         identity = os.path.realpath(str(reference)) if os.path.exists(str(reference)) else str(reference)
     else:
         identity = f"{config.get('provider', '')}+{config.get('endpoint_url', '')}+{remote}"
-    identifying = {"checkpoint_ref", "model_id", "provider", "endpoint_url", "reuse"} | call_time_keys
+    identifying = {"backend", "checkpoint_ref", "model_id", "provider", "endpoint_url", "reuse"} | call_time_keys
     rest = {k: v for k, v in config.items() if k not in identifying}
     fingerprint = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
     return (block_type, backend, identity, fingerprint)
@@ -375,8 +459,10 @@ def check_kinds(owner: str, ports: Mapping[str, Port], values: Mapping[str, Any]
 def check_outputs(owner: str, ports: Mapping[str, Port], outputs: Any) -> None:
     """Raises: OutputContractError if `outputs` is no dict, lacks a non-optional port or holds an undeclared one."""
     if not isinstance(outputs, dict):
-        raise OutputContractError(f"{owner} returned {kind_of(outputs)}; a block returns a dict keyed by its output ports")
-    unknown = [str(k) for k in outputs if k not in ports]
+        raise OutputContractError(
+            f"{owner} returned {kind_of(outputs)}; a block returns a dict keyed by its output ports"
+        )
+    unknown = [str(k) for k in cast("dict[Any, Any]", outputs) if k not in ports]
     missing = [k for k, p in ports.items() if k not in outputs and not p.optional]
     if unknown or missing:
         parts = [f"lacks {', '.join(map(repr, missing))}"] if missing else []

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from wg_core.errors import AbortRun, ConfigError, RunTimeoutError
 from wg_core.execution.blobs import BlobStore, MemoryBlobs
+from wg_core.execution.calls import CallLog
 
 _log = logging.getLogger("wg_core.events")
 
@@ -47,13 +48,18 @@ class Cancel(Protocol):
     def is_set(self) -> bool: ...
 
 
+_PER_NODE = ("num_loop_steps", "seed", "max_agent_steps", "per_node", "extra")
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """All options of a run, handed down unchanged to every level.
 
-    `num_loop_steps` is an int for all loops or a mapping by loop id; `per_node` overrides options for one child;
+    `num_loop_steps` is an int for all loops or a mapping by loop id; `per_node` overrides options for one child
+    (number of steps, seed, extra); raises ConfigError for options that concern the whole run;
     `capture` lists `path:port` whose values are added to the result; `timeout` is in seconds; `strict_types` checks
-    the kind of every value on every port and `guard_nan` stops at the first NaN or infinity.
+    the kind of every value on every port and `guard_nan` stops at the first NaN or infinity; `calls` keeps what models
+    are asked and answer, or answers in their place.
     """
 
     training: bool = False
@@ -71,7 +77,16 @@ class RunOptions:
     strict_types: bool = False
     guard_nan: bool = False
     blobs: BlobStore | None = None
+    calls: CallLog | None = None
     extra: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for node_id, chosen in (self.per_node or {}).items():
+            for name in chosen:
+                if name not in _PER_NODE:
+                    raise ConfigError(
+                        f"per_node[{node_id!r}]: {name!r} cannot be set for one node; {', '.join(_PER_NODE)} can"
+                    )
 
 
 class Frame:
@@ -129,9 +144,7 @@ class Frame:
             return
         node_id = fields.pop("node_id", None)
         path = f"{self.path}/{node_id}" if node_id is not None else self.path
-        event = Event(
-            kind, path, self.level, node_id, trace_context=self.options.trace_context, **fields
-        )
+        event = Event(kind, path, self.level, node_id, trace_context=self.options.trace_context, **fields)
         for hook in self.hooks:
             try:
                 hook(event)
@@ -164,12 +177,18 @@ class CallContext:
     frame: Frame | None = field(default=None, repr=False, compare=False)
 
     def node_seed(self) -> int:
-        """A seed in 0..2**63-1 derived from run seed, node path below the root, and iteration.
+        """A seed in 0..2**63-1 derived from run seed, node path below the root, and iteration at every level.
 
         Equal runs give equal seeds, whatever the root is called; without a run seed it is that of seed 0.
         """
         place = f"{self.frame.node_path}{self.node_id}" if self.frame is not None else ""
-        return derive_seed(self.seed or 0, place, self.iteration or 0)
+        around: list[int] = []
+        outer = self.frame.parent if self.frame is not None else None
+        while outer is not None:
+            if outer.iteration is not None:
+                around.append(outer.iteration)
+            outer = outer.parent
+        return derive_seed(self.seed or 0, place, self.iteration or 0, *around)
 
     def add_usage(self, model: str, *, calls: int = 1, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         """Add to the run's ledger of model use."""
@@ -179,6 +198,20 @@ class CallContext:
         row["calls"] += calls
         row["prompt_tokens"] += prompt_tokens
         row["completion_tokens"] += completion_tokens
+
+    def ask(
+        self, model: str, request: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
+        """What a model answers to `request`: the door of every block whose answer is paid for or cannot be repeated.
+
+        `request` is plain JSON, all that decides the answer; `make()` asks the model and gives `{answer, ...}`, plain
+        JSON too. A run that keeps its calls records both; in a replay the record answers and `make` is not called.
+        Raises: ReplayError for a request that is not in the record.
+        """
+        calls = self.frame.options.calls if self.frame is not None else None
+        if calls is None or self.frame is None:
+            return make()
+        return calls.ask(f"{self.frame.node_path}{self.node_id}", model, request, make)
 
     def emit(self, kind: str, **data: Any) -> None:
         """Send an event of this node to the run's hooks; raises AbortRun where the run was cancelled."""
@@ -234,13 +267,7 @@ def current_context() -> CallContext:
 
 
 def options_for(options: RunOptions, node_id: str | None) -> RunOptions:
-    """`options` with the overrides of `per_node[node_id]`.
-
-    Raises: ConfigError for an unknown option name.
-    """
+    """`options` with the overrides of `per_node[node_id]`."""
     if not options.per_node or node_id is None or node_id not in options.per_node:
         return options
-    try:
-        return replace(options, **options.per_node[node_id])
-    except TypeError as error:
-        raise ConfigError(f"per_node[{node_id!r}]: {error}") from error
+    return replace(options, **options.per_node[node_id])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from wg_core.errors import EdgeError, MissingInputError, NodeError, UnexpectedInputError, WGError, did_you_mean
@@ -21,6 +22,7 @@ from wg_core.structure.topology import Edge
 
 Child = TypeVar("Child")
 Spec = dict[str, Any]
+_NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Executable(Protocol):
@@ -45,13 +47,13 @@ class ExternalPort(Port):
 class Node(Generic[Child]):
     """A place in a structure: exactly one child, and what holds at this place only.
 
-    `defaults` gives values to unfed inputs; `hints` steer automatic wiring.
+    `defaults` gives values to unfed inputs, set with `set_default`; `hints` steer automatic wiring.
     """
 
     node_id: str
     child: Child
     trainable: bool = True
-    defaults: dict[str, Any] = field(default_factory=dict[str, Any])
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _NO_DEFAULTS)
     hints: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -81,6 +83,11 @@ class LoopSpec:
     until: Mapping[str, str] | None = None
     order: tuple[str, ...] | None = None
 
+    def names(self, nodes: Mapping[str, Any]) -> set[str]:
+        """The nodes by which these settings find their cycle; none where a lone cycle is meant."""
+        named = {*(self.order or ()), self.until.get("node", "") if self.until else ""} - {""}
+        return named | {self.loop_id} if self.loop_id in nodes else named
+
 
 class ExecutableGraph(Generic[Child]):
     """A directed graph of children with typed ports that runs as a whole."""
@@ -93,7 +100,7 @@ class ExecutableGraph(Generic[Child]):
         self.title: str | None = None
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.nodes: dict[str, Node[Child]] = {}
-        self.loops: list[LoopSpec] = []
+        self.loops: tuple[LoopSpec, ...] = ()
         self.links: list[HyperLink] = []
         self.hyperedges: list[HyperEdge] = []
         self.hooks: list[Hook] = []
@@ -120,7 +127,11 @@ class ExecutableGraph(Generic[Child]):
 
     def stamp(self) -> Any:
         """Changes whenever the structure, or that of a child, changes."""
-        return self.version
+        return (self.version, self.metadata.get("num_loop_steps"))
+
+    def resting(self) -> frozenset[str]:
+        """Nodes that are part of the structure but that no plan calls."""
+        return frozenset()
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -140,19 +151,39 @@ class ExecutableGraph(Generic[Child]):
         check_id(node_id, "node id")
         if node_id in self.nodes:
             raise NodeError(f"{self.id}: node id {node_id!r} is taken; choose another")
-        node = Node(node_id, child, trainable, {}, dict(hints or {}))
+        node = Node(node_id, child, trainable, hints=dict(hints or {}))
         if defaults:
-            index = self.ports_of(node)
-            for key, value in defaults.items():
-                port = index.by_name.get(key)
-                if port is None or port.direction != "in":
-                    raise NodeError(f"{self.id}/{node_id}: default for unknown input {key!r}; {did_you_mean(key, index.inputs)}")
-                node.defaults[port.name] = value
+            named = {self._default_port(node, key): value for key, value in defaults.items()}
+            node.defaults = MappingProxyType(named)
         self.nodes[node_id] = node
         self._in[node_id] = []
         self._out[node_id] = []
         self.version += 1
         return node_id
+
+    def _default_port(self, node: Node[Child], key: str) -> str:
+        index = self.ports_of(node)
+        port = index.by_name.get(key)
+        if port is None or port.direction != "in":
+            raise NodeError(
+                f"{self.id}/{node.node_id}: default for unknown input {key!r}; {did_you_mean(key, index.inputs)}"
+            )
+        return port.name
+
+    def set_default(self, node_id: str, port: str, value: Any = UNSET) -> None:
+        """Give an input of a node its default at this place; without a value, take it away.
+
+        Raises: NodeError for an unknown node or input.
+        """
+        node = self.get_node(node_id)
+        changed = {**node.defaults, self._default_port(node, port): value}
+        node.defaults = MappingProxyType({k: v for k, v in changed.items() if v is not UNSET})
+        self.version += 1
+
+    def set_loops(self, loops: Iterable[LoopSpec]) -> None:
+        """Set what is known about the cycles: their steps, order and early end."""
+        self.loops = tuple(loops)
+        self.version += 1
 
     def get_node(self, node_id: str) -> Node[Child]:
         """Raises: NodeError for an unknown id."""
@@ -179,16 +210,22 @@ class ExecutableGraph(Generic[Child]):
         node = self.get_node(node_id)
         old, new = self.ports_of(node), self.ports_of(Node(node_id, child))
         used = {e.target_port for e in self._in[node_id]} | {e.source_port for e in self._out[node_id]}
-        used |= {x.port_name for kind in self._exposed.values() for x in kind if x.node_id == node_id}
-        for name in used:
-            port = new.by_name.get(name)
-            if port is None or port.name != name or (port.direction, port.types) != (old.by_name[name].direction, old.by_name[name].types):
-                raise NodeError(f"{self.id}/{node_id}: the new block lacks port {name!r} as it is used; it has {sorted(new.by_name)}")
+        used |= node.defaults.keys() | {
+            x.port_name for kind in self._exposed.values() for x in kind if x.node_id == node_id
+        }
+        for name in sorted(used):
+            port, was = new.by_name.get(name), old.by_name[name]
+            if port is None or port.name != name or (port.direction, port.types) != (was.direction, was.types):
+                offered = ", ".join(f"{p.name} ({p.direction} {'|'.join(p.types)})" for p in new.by_name.values())
+                raise NodeError(
+                    f"{self.id}/{node_id}: the new block lacks port {name!r} ({was.direction} {'|'.join(was.types)}), "
+                    f"which is in use; it has {offered}"
+                )
         node.child = child
         self.version += 1
 
     def rename_node(self, node_id: str, new_id: str) -> None:
-        """Give a node another id; edges, exposed ports and place in the order stay."""
+        """Give a node another id; edges, exposed ports, loops and place in the order stay."""
         node = self.get_node(node_id)
         check_id(new_id, "node id")
         if new_id in self.nodes:
@@ -200,7 +237,8 @@ class ExecutableGraph(Generic[Child]):
         node.node_id = new_id
         self.nodes = {moved(k): v for k, v in self.nodes.items()}
         edges = [
-            Edge(moved(e.source_node), e.source_port, moved(e.target_node), e.target_port, e.carry, e.origin) for e in self._edges
+            Edge(moved(e.source_node), e.source_port, moved(e.target_node), e.target_port, e.carry, e.origin)
+            for e in self._edges
         ]
         self._edges = {}
         self._in = {n: [] for n in self.nodes}
@@ -209,6 +247,14 @@ class ExecutableGraph(Generic[Child]):
             self._keep(edge)
         for direction, exposed in self._exposed.items():
             self._exposed[direction] = [Exposure(moved(x.node_id), x.port_name, x.name) for x in exposed]
+        self.loops = tuple(
+            LoopSpec(
+                moved(s.loop_id), s.num_steps,
+                {**s.until, "node": moved(s.until["node"])} if s.until else None,
+                tuple(map(moved, s.order)) if s.order else None,
+            )
+            for s in self.loops
+        )  # fmt: skip
         self.version += 1
 
     @property
@@ -254,7 +300,9 @@ class ExecutableGraph(Generic[Child]):
                 f"{edge.source_node}.{out.name} gives {'|'.join(out.types)!r}; put a block between that converts it"
             )
         if edge.source_node == edge.target_node and not edge.carry:
-            raise EdgeError(f"{self.id}: {edge} joins a node to itself; add carry=True to bring the previous iteration's value")
+            raise EdgeError(
+                f"{self.id}: {edge} joins a node to itself; add carry=True to bring the previous iteration's value"
+            )
         if into.aggregation == "single":
             for other in self._in[edge.target_node]:
                 if other.target_port == into.name and other.carry == edge.carry:
@@ -310,7 +358,9 @@ class ExecutableGraph(Generic[Child]):
         if found.aggregation == "single":
             for e in self._in[node_id]:
                 if e.target_port == found.name and not e.carry:
-                    raise EdgeError(f"{self.id}/{node_id}.{found.name} is fed by {e} already; remove the edge to expose the port")
+                    raise EdgeError(
+                        f"{self.id}/{node_id}.{found.name} is fed by {e} already; remove the edge to expose the port"
+                    )
         return self._expose("in", node_id, found.name, name)
 
     def expose_output(self, node_id: str, port: str, name: str | None = None) -> str:
@@ -324,8 +374,13 @@ class ExecutableGraph(Generic[Child]):
         new = Exposure(node_id, port, name)
         if new in self._exposed[direction]:
             return new.key
-        if direction == "out" and any(x.key == new.key for x in self._exposed["out"]):
-            raise NodeError(f"{self.id} offers an output {new.key!r} already; output names are unique")
+        for x in self._exposed[direction]:
+            if direction == "out" and x.key == new.key:
+                raise NodeError(f"{self.id} offers an output {new.key!r} already; output names are unique")
+            if direction == "in" and (x.node_id, x.port_name) == (node_id, port):
+                raise NodeError(
+                    f"{self.id}/{node_id}.{port} is exposed as {x.key!r} already; unexpose_input({x.key!r}) first"
+                )
         self._exposed[direction].append(new)
         self.version += 1
         return new.key
@@ -351,7 +406,10 @@ class ExecutableGraph(Generic[Child]):
         self.version += 1
 
     def _loose_ends(self, direction: str) -> Iterator[Exposure]:
+        resting = self.resting()
         for node_id, node in self.nodes.items():
+            if node_id in resting:
+                continue
             index = self.ports_of(node)
             if direction == "in":
                 fed = {e.target_port for e in self._in[node_id] if not e.carry} | set(node.defaults)
@@ -381,9 +439,16 @@ class ExecutableGraph(Generic[Child]):
         if self._external is None or self._external[0] != stamp:
             ports = [
                 ExternalPort(
-                    entry["key"], direction, entry["types"], entry["optional"], entry["aggregation"],
-                    entry.get("default", UNSET), schema=entry["schema"], streamable=entry["streamable"],
-                )  # fmt: skip
+                    entry["key"],
+                    cast(Any, direction),
+                    entry["types"],
+                    entry["optional"],
+                    entry["aggregation"],
+                    entry.get("default", UNSET),
+                    schema=entry["schema"],
+                    streamable=entry["streamable"],
+                    **entry.get("concat", {}),
+                )
                 for direction, entries in (("in", self.get_input_spec()), ("out", self.get_output_spec()))
                 for entry in entries
             ]
@@ -394,7 +459,7 @@ class ExecutableGraph(Generic[Child]):
         """External inputs as plain data.
 
         Each entry has `key, name, node_id, port_name, bindings, types, required, optional, aggregation, streamable,
-        schema, doc`, and `default` where there is one.
+        schema, doc`, and `default` and `concat` (how values join) where there is one.
         """
         bound: dict[str, list[Exposure]] = {}
         for x in self.exposures("in"):
@@ -410,7 +475,9 @@ class ExecutableGraph(Generic[Child]):
         first = ports[0]
         types = [t for t in first.types if all(t in p.types or "any" in p.types for p in ports)] or list(first.types)
         if direction == "in":
-            defaults = [self.nodes[x.node_id].defaults.get(x.port_name, p.default) for x, p in zip(bindings, ports, strict=True)]
+            defaults = [
+                self.nodes[x.node_id].defaults.get(x.port_name, p.default) for x, p in zip(bindings, ports, strict=True)
+            ]
             required = any(not p.optional and d is UNSET for p, d in zip(ports, defaults, strict=True))
         else:
             defaults, required = [], not first.optional
@@ -428,6 +495,8 @@ class ExecutableGraph(Generic[Child]):
             "schema": first.schema,
             "doc": first.description,
         }
+        if entry["aggregation"] == "concat":
+            entry["concat"] = {"agg_dim": first.agg_dim, "agg_sep": first.agg_sep}
         if defaults and defaults[0] is not UNSET and not required:
             entry["default"] = defaults[0]
         return entry
@@ -438,10 +507,9 @@ class ExecutableGraph(Generic[Child]):
         """The settings that belong to the cycle of these nodes."""
         inside = set(members)
         for spec in self.loops:
-            named = set(spec.order or ()) or {spec.until["node"]} if spec.until or spec.order else {spec.loop_id}
-            if named & inside:
+            if spec.names(self.nodes) & inside:
                 return spec
-        return self.loops[0] if len(self.loops) == 1 and self.loops[0].loop_id not in self.nodes else None
+        return self.loops[0] if len(self.loops) == 1 and not self.loops[0].names(self.nodes) else None
 
     def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
         """Check the whole structure without loading or running anything; `deep` goes into children.
@@ -480,7 +548,11 @@ class ExecutableGraph(Generic[Child]):
             elif isinstance(op, Call):
                 indent = "    " if loop and op.node_id in loop.nodes else "  "
                 child = self.nodes[op.node_id].child
-                kind = child.name if isinstance(child, Block) else f"{getattr(child, 'level', '?')} {getattr(child, 'id', '')}"
+                kind = (
+                    child.name
+                    if isinstance(child, Block)
+                    else f"{getattr(child, 'level', '?')} {getattr(child, 'id', '')}"
+                )
                 lines.append(f"{indent}{op.node_id}: {kind}")
         return "\n".join(lines)
 
@@ -501,7 +573,9 @@ class ExecutableGraph(Generic[Child]):
         try:
             chosen = RunOptions(**options)
         except TypeError as error:
-            raise UnexpectedInputError(f"{self.id}.run: {error}; options are {', '.join(RunOptions.__slots__)}") from None
+            raise UnexpectedInputError(
+                f"{self.id}.run: {error}; options are {', '.join(RunOptions.__slots__)}"
+            ) from None
         return self._execute(inputs or {}, chosen, None)
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
@@ -527,8 +601,11 @@ class ExecutableGraph(Generic[Child]):
         try:
             if parent is not None:
                 return self._drive(plan, values, frame)
+            if options.dry_run:
+                return self._drive(plan, values, frame)
             if options.device is not None:
                 self.to(options.device)
+                values = _moved(values, options.device)
             with _modes(self, plan, options.training):
                 outputs = self._drive(plan, values, frame)
             return {**outputs, **self._captured(frame)} if options.capture else outputs
@@ -553,7 +630,9 @@ class ExecutableGraph(Generic[Child]):
                 raise  # not reached: the walk raises
         if self.stamp() != plan.stamp:
             raise NodeError(f"{self.id} was changed while it ran; change structures between runs")
-        result = {key: values[slot] for key, slot, optional in plan.outputs if not optional or values[slot] is not UNSET}
+        result = {
+            key: values[slot] for key, slot, optional in plan.outputs if not optional or values[slot] is not UNSET
+        }
         if frame.hooks:
             frame.emit("run_end", outputs=result)
         return result
@@ -609,14 +688,28 @@ class ExecutableGraph(Generic[Child]):
                     seen.add(id(block))
                     yield block
 
-    def to(self, device: Any) -> Self:
-        """Move every block once to a device."""
+    def to(self, device: Any = None, dtype: Any = None) -> Self:
+        """Move every block once to a device, or to another float type."""
         for block in self.iter_blocks():
-            block.to(device)
+            block.to(device, dtype)
         return self
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id}: {len(self.nodes)} nodes, {len(self._edges)} edges>"
+        return f"<{type(self).__name__} {self.id}: {len(self.nodes)} nodes, {len(self.edges)} edges>"
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """`value` with all tensors in it, also in lists, tuples and dicts, on `device`."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) is dict:
+        return {k: _moved(v, device) for k, v in cast("dict[Any, Any]", value).items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(v, device) for v in value)
+    return value
 
 
 class _Modes:

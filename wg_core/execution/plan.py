@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from wg_core.execution.block import Block, PortIndex
 from wg_core.structure.port import UNSET, Port, aggregate
@@ -54,6 +54,8 @@ class Loop:
     carries: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     carry_edges: list[Edge] = field(default_factory=list[Edge])
     seeds: list[tuple[int, Resolve]] = field(default_factory=list[tuple[int, Resolve]])
+    seed_reads: list[int] = field(default_factory=list[int])
+    seed_free: list[int] = field(default_factory=list[int])
     until_slot: int | None = None
     start: int = 0
     free: list[int] = field(default_factory=list[int])
@@ -112,8 +114,11 @@ def _aggregated(port: Port, feeds: Sequence[tuple[str, int]], rest: Sequence[int
         value = aggregate(port, given)
         if value is UNSET:
             for slot in chain:
-                if values[slot] is not UNSET:
-                    return aggregate(port, [("run", values[slot])])
+                value = values[slot]
+                if value is not UNSET:
+                    if port.aggregation == "dict" and isinstance(value, (Mapping, Placeholder)):
+                        return cast(Any, value)
+                    return aggregate(port, [("run", value)])
         return value
 
     return resolve
@@ -188,7 +193,8 @@ class _Compiler:
             slot = self.output_slot[key] = self.slot()
             if not self.ports[key[0]].outputs[key[1]].optional:
                 self.sure.add(slot)
-        groups = group_cycles(list(graph.nodes), self.edges)
+        resting = graph.resting()
+        groups = [g for g in group_cycles(list(graph.nodes), self.edges) if g[1] or g[0][0] not in resting]
         for members, is_loop in groups:
             if is_loop:
                 self._declare_loop(members)
@@ -203,7 +209,17 @@ class _Compiler:
         ]
         self._free_after_last_use({slot for _, slot, _ in outputs})
         required = [(key, slot) for key, slot in self.inputs.items() if slot in self.needed]
-        return Plan(stamp, self.program, self.initial, self.inputs, required, outputs, self.loops, self.copied, list(graph.iter_blocks()))
+        return Plan(
+            stamp,
+            self.program,
+            self.initial,
+            self.inputs,
+            required,
+            outputs,
+            self.loops,
+            self.copied,
+            list(graph.iter_blocks()),
+        )
 
     def _declare_loop(self, members: list[str]) -> None:
         graph = self.graph
@@ -300,7 +316,7 @@ class _Compiler:
                 chain = [slot, *chain]  # iteration 0 reads a value made in the same iteration
             else:
                 loop.seeds.append((slot, _chain(chain)))
-                op.reads += chain
+                loop.seed_reads += chain
                 if source_sure and any(s in self.sure for s in chain):
                     self.sure.add(slot)
                 chain = [slot]
@@ -324,7 +340,9 @@ class _Compiler:
         """The loop that a node is in, else the one that it seeds."""
         if node_id in self.loop_of:
             return self.loop_of[node_id]
-        return next((self.loop_of[e.target_node] for e in self.graph.edges_out(node_id) if e.target_node in self.loop_of), None)
+        return next(
+            (self.loop_of[e.target_node] for e in self.graph.edges_out(node_id) if e.target_node in self.loop_of), None
+        )
 
     def _free_after_last_use(self, kept: set[int]) -> None:
         last: dict[int, int] = {}
@@ -334,12 +352,16 @@ class _Compiler:
         for pc, op in enumerate(self.program):
             if isinstance(op, LoopStart):
                 loop = op.loop
+                for slot in loop.seed_reads:
+                    last[slot] = pc
+                for _, slot in loop.carries:
+                    made_in[slot] = loop
             elif isinstance(op, LoopEnd):
                 for made in spans.values():
                     if made[1] is op.loop:
                         last[made[0]] = pc
-                for source, slot in op.loop.carries:
-                    last[source] = last[slot] = pc
+                for source, _ in op.loop.carries:
+                    last[source] = pc
                 for slot in (op.loop.index_slot, op.loop.total_slot, op.loop.until_slot):
                     if slot is not None:
                         last[slot] = pc
@@ -359,6 +381,8 @@ class _Compiler:
                 op.free.append(slot)
             elif isinstance(op, LoopEnd):
                 op.loop.free.append(slot)
+            else:
+                op.loop.seed_free.append(slot)
 
 
 def _configured_steps(graph: ExecutableGraph[Any], spec: Any, order: Sequence[str]) -> tuple[int | None, str]:

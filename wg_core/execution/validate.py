@@ -67,10 +67,18 @@ def validate_structure(graph: ExecutableGraph[Any], *, deep: bool = False) -> Va
             check = getattr(node.child, "validate", None)
             if check is not None:
                 below = cast(ValidationResult, check(strict=False, deep=True))
-                result.issues += [replace(i, path=f"{graph.id}/{node_id}/{i.path.split('/', 1)[-1]}") for i in below.issues]
+                result.issues += [
+                    replace(i, path=f"{graph.id}/{node_id}/{i.path.split('/', 1)[-1]}") for i in below.issues
+                ]
                 if not below.is_valid:
                     result.issues.append(
-                        Issue("error", "CHILD_INVALID", f"{graph.id}/{node_id}", "this child is invalid", "see its own errors")
+                        Issue(
+                            "error",
+                            "CHILD_INVALID",
+                            f"{graph.id}/{node_id}",
+                            "this child is invalid",
+                            "see its own errors",
+                        )
                     )
     return result
 
@@ -79,6 +87,7 @@ class _Checks:
     def __init__(self, graph: ExecutableGraph[Any]) -> None:
         self.graph = graph
         self.ports = {n: graph.ports_of(node) for n, node in graph.nodes.items()}
+        self.resting = graph.resting()
         self.exposed_in = {(x.node_id, x.port_name) for x in graph.exposures("in")}
 
     def error(self, code: str, message: str, hint: str = "", **where: Any) -> Issue:
@@ -130,13 +139,16 @@ class _Checks:
                 common = set(port.types) if "any" in common else common & set(port.types)
             if not common:
                 kinds = ", ".join("|".join(p.types) for p in ports)
-                yield self.error("EXPOSURE_CLASH", f"input {key!r} feeds ports of types that do not meet: {kinds}", "use two names")
+                yield self.error(
+                    "EXPOSURE_CLASH", f"input {key!r} feeds ports of types that do not meet: {kinds}", "use two names"
+                )
         if not graph.exposures("out"):
-            yield self.warning("NO_OUTPUTS", "nothing comes out: no output is exposed or left over", "expose_output(...)")
+            yield self.warning(
+                "NO_OUTPUTS", "nothing comes out: no output is exposed or left over", "expose_output(...)"
+            )
 
     def cycles(self) -> Iterator[Issue]:
         graph = self.graph
-        known = set(graph.nodes)
         in_loop: set[Edge] = set()
         spans: list[list[str]] = []
         for members, is_loop in group_cycles(list(graph.nodes), graph.edges):
@@ -149,10 +161,14 @@ class _Checks:
             if not graph.allow_cycles:
                 following = {n: [e.target_node for e in internal if e.source_node == n] for n in members}
                 cycle = " -> ".join(find_cycle(members, following) or members)
-                yield self.error("CYCLE_FORBIDDEN", f"a {graph.level} has no cycles, but {cycle}", "put the loop inside one graph")
+                yield self.error(
+                    "CYCLE_FORBIDDEN", f"a {graph.level} has no cycles, but {cycle}", "put the loop inside one graph"
+                )
                 continue
             if any(len(c) > 1 for c in iteration_order(members, graph.edges)) or not any(e.carry for e in internal):
-                following = {n: [e.target_node for e in internal if e.source_node == n and not e.carry] for n in members}
+                following = {
+                    n: [e.target_node for e in internal if e.source_node == n and not e.carry] for n in members
+                }
                 cycle = " -> ".join(find_cycle(members, following) or members)
                 candidates = ", ".join(str(e) for e in internal if not e.carry)
                 yield self.error(
@@ -164,11 +180,17 @@ class _Checks:
             yield from self.loop_settings(members, inside)
         for e in graph.edges:
             if e.carry and e not in in_loop:
-                yield self.error("CARRY_OUTSIDE_CYCLE", f"carry edge {e} is in no cycle", "make it a plain edge", edge=e)
+                yield self.error(
+                    "CARRY_OUTSIDE_CYCLE", f"carry edge {e} is in no cycle", "make it a plain edge", edge=e
+                )
         for spec in graph.loops:
-            named = set(spec.order or ()) | ({spec.until["node"]} if spec.until else set()) | ({spec.loop_id} & known)
+            named = spec.names(graph.nodes)
             if not any(named & set(m) for m in spans) and not (len(spans) == 1 and not named):
-                yield self.error("LOOP_ORDER", f"loop {spec.loop_id!r} belongs to no cycle", "name one of the cycle's nodes as loop_id")
+                yield self.error(
+                    "LOOP_ORDER",
+                    f"loop {spec.loop_id!r} belongs to no cycle",
+                    "name one of the cycle's nodes as loop_id",
+                )
 
     def seeds(self, inside: set[str], internal: Sequence[Edge]) -> Iterator[Issue]:
         for e in internal:
@@ -194,8 +216,9 @@ class _Checks:
         spec = graph.loop_spec(members)
         if spec is None:
             return
-        if spec.num_steps is not None and (isinstance(cast(Any, spec.num_steps), bool) or spec.num_steps < 1):
-            yield self.error("LOOP_STEPS", f"loop {spec.loop_id!r}: num_steps is {spec.num_steps!r}", "use a whole number >= 1")
+        steps: Any = spec.num_steps
+        if steps is not None and (type(steps) is not int or steps < 1):
+            yield self.error("LOOP_STEPS", f"loop {spec.loop_id!r}: num_steps is {steps!r}", "use a whole number >= 1")
         if spec.until is not None:
             node, port = spec.until.get("node"), spec.until.get("port")
             if node not in inside or port not in self.ports[node].outputs:
@@ -212,7 +235,12 @@ class _Checks:
                 return
             place = {n: i for i, n in enumerate(spec.order)}
             for e in graph.edges:
-                if not e.carry and e.source_node in inside and e.target_node in inside and place[e.source_node] > place[e.target_node]:
+                if (
+                    not e.carry
+                    and e.source_node in inside
+                    and e.target_node in inside
+                    and place[e.source_node] > place[e.target_node]
+                ):
                     yield self.error(
                         "LOOP_ORDER", f"loop {spec.loop_id!r}: order contradicts {e}", "swap the two nodes or make it a carry edge",
                         edge=e,
@@ -231,14 +259,20 @@ class _Checks:
                     data.setdefault(e.target_port, []).append(e)
             for name, port in index.inputs.items():
                 fed = name in data or name in node.defaults or (node_id, name) in self.exposed_in
-                if port.required and not fed and name not in carried:
+                if port.required and not fed and name not in carried and node_id not in self.resting:
                     yield self.error(
                         "REQUIRED_UNFED", f"required input {node_id}.{name} has no edge, exposed input or default",
                         "join an edge, expose it, or set a default", node=node_id, port=name,
                     )  # fmt: skip
                 if port.aggregation == "single" and name in data:
                     if len(data[name]) > 1:
-                        yield self.error("FAN_IN", f"{node_id}.{name} takes one edge and has {len(data[name])}", node=node_id, port=name)
+                        yield self.error(
+                            "FAN_IN",
+                            f"{node_id}.{name} takes one edge and has {len(data[name])}",
+                            "remove edges, or declare an aggregation on the port",
+                            node=node_id,
+                            port=name,
+                        )
                     if (node_id, name) in self.exposed_in:
                         yield self.error(
                             "EXPOSED_AND_WIRED", f"{node_id}.{name} is exposed and fed by {data[name][0]}",
@@ -259,10 +293,14 @@ class _Checks:
             else:
                 if source.partly_compatible_with(target):
                     yield self.warning(
-                        "PARTIAL_TYPES", f"{e}: only some of {'|'.join(source.types)!r} fit {'|'.join(target.types)!r}", edge=e
+                        "PARTIAL_TYPES",
+                        f"{e}: only some of {'|'.join(source.types)!r} fit {'|'.join(target.types)!r}",
+                        "narrow the output's types, or put a block between that converts the rest",
+                        edge=e,
                     )
                 if source.tag and target.tag and source.tag != target.tag:
-                    yield self.warning("TAG_MISMATCH", f"{e}: tag {source.tag!r} meets {target.tag!r}", edge=e)
+                    message = f"{e}: tag {source.tag!r} meets {target.tag!r}"
+                    yield self.warning("TAG_MISMATCH", message, "check that this value is meant", edge=e)
 
     def reach(self) -> Iterator[Issue]:
         graph = self.graph
@@ -274,8 +312,13 @@ class _Checks:
                     outward.add(e.source_node)
                     waiting.append(e.source_node)
         for node_id in graph.nodes:
-            if node_id not in outward:
-                yield self.warning("DEAD_END", f"nothing that {node_id} makes reaches an output", "expose one of its outputs", node=node_id)
+            if node_id not in outward and node_id not in self.resting:
+                yield self.warning(
+                    "DEAD_END",
+                    f"nothing that {node_id} makes reaches an output",
+                    "expose one of its outputs",
+                    node=node_id,
+                )
 
     def models(self) -> Iterator[Issue]:
         owners: dict[tuple[str, ...], Any] = {}
@@ -286,5 +329,7 @@ class _Checks:
             other = owners.setdefault(key, block)
             if other is not block:
                 yield self.error(
-                    "DUPLICATE_MODEL", f"two blocks hold the model {key[2]!r}", "build them through one pool, or set reuse: false in one"
+                    "DUPLICATE_MODEL",
+                    f"two blocks hold the model {key[2]!r}",
+                    "build them through one pool, or set reuse: false in one",
                 )

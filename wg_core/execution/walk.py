@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from wg_core.errors import AbortRun, MissingInputError, NodeExecutionError, PortValueError, RunTimeoutError, WGError
 from wg_core.execution.block import check_kinds, check_outputs
@@ -25,12 +25,14 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
     options = frame.options
     rounds: dict[int, int] = {}
     for loop in plan.loops:
-        steps = steps_of(loop, options.num_loop_steps)
+        steps: Any = steps_of(loop, options.num_loop_steps)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise PortValueError(f"{frame.path}: loop {loop.loop_id!r} needs a whole number of steps >= 1, not {steps!r}")
+            raise PortValueError(
+                f"{frame.path}: loop {loop.loop_id!r} needs a whole number of steps >= 1, not {steps!r}"
+            )
         values[loop.total_slot] = steps
         rounds[id(loop)] = 2 if options.dry_run else loop.iterations(steps) if loop.iterations else steps
-    program = plan.program
+    program = cast("list[Any]", plan.program)
     watched = frame.watched
     iteration = 0
     total = 0
@@ -66,7 +68,7 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 check_outputs(f"{frame.path}/{op.node_id}", op.ports.outputs, outputs)
                 raise
             if watched:
-                _after(op, inputs, outputs, frame, started)
+                _after(op, inputs, outputs, frame, started, total)
             for slot in op.free:
                 values[slot] = None
         elif op.__class__ is LoopStart:
@@ -76,6 +78,8 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
             values[loop.index_slot] = 0
             for slot, resolve in loop.seeds:
                 values[slot] = resolve(values)
+            for slot in loop.seed_free:
+                values[slot] = None
             frame.iteration = 0
             if watched:
                 check_stop(frame)
@@ -88,8 +92,8 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
             iteration += 1
             done = loop.until_slot is not None and not options.dry_run and bool(values[loop.until_slot])
             if iteration < total and not done:
-                for slot, value in [(target, values[source]) for source, target in loop.carries]:
-                    values[slot] = value
+                for source, slot in loop.carries:  # a carry has a slot of its own, so their order does not matter
+                    values[slot] = values[source]
                 values[loop.index_slot] = iteration
                 frame.iteration = iteration
                 pc = loop.start
@@ -99,6 +103,7 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 frame.iteration = None
                 if watched:
                     frame.emit("loop_end", iteration=iteration - 1, num_steps=total, data={"loop": loop.loop_id})
+                total = 0
     frame.node_id = None
 
 
@@ -126,7 +131,7 @@ def _before(op: Call, inputs: dict[str, Any], frame: Frame, total: int) -> float
     return time.perf_counter()
 
 
-def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Frame, started: float) -> None:
+def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Frame, started: float, total: int) -> None:
     options = frame.options
     if options.strict_types:
         given = {k: v for k, v in outputs.items() if not isinstance(v, Placeholder)}
@@ -141,17 +146,18 @@ def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Fra
             frame.root.captured[f"{frame.node_path}{op.node_id}:{port}"] = value
     elapsed = time.perf_counter() - started
     frame.emit(
-        "node_end", node_id=op.node_id, iteration=frame.iteration, inputs=inputs, outputs=outputs, elapsed=elapsed
-    )
+        "node_end", node_id=op.node_id, iteration=frame.iteration, num_steps=total or None,
+        inputs=inputs, outputs=outputs, elapsed=elapsed,
+    )  # fmt: skip
 
 
 def _has_nan(value: Any) -> bool:
     if isinstance(value, float):
         return not math.isfinite(value)
     if isinstance(value, Mapping):
-        return any(_has_nan(v) for v in value.values())
+        return any(_has_nan(v) for v in cast("Mapping[Any, Any]", value).values())
     if isinstance(value, (list, tuple)):
-        return any(_has_nan(v) for v in value)
+        return any(_has_nan(v) for v in cast("list[Any]", value))
     total = getattr(value, "sum", None)
     if total is None or not hasattr(value, "dtype"):
         return False
@@ -169,4 +175,6 @@ def _failure(op: Call, inputs: Mapping[str, Any], frame: Frame, error: Exception
     )
     at = "" if frame.iteration is None else f" in iteration {frame.iteration}"
     kinds = ", ".join(f"{k}: {kind_of(v)}" for k, v in inputs.items()) or "no inputs"
-    return NodeExecutionError(f"{frame.path}/{op.node_id} failed{at}: {type(error).__name__}: {error} (inputs: {kinds})")
+    return NodeExecutionError(
+        f"{frame.path}/{op.node_id} failed{at}: {type(error).__name__}: {error} (inputs: {kinds})"
+    )

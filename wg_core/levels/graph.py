@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, cast
 
 from wg_core.assembly.build import Build, fill_graph, fill_level, level_config, node_config
 from wg_core.assembly.models import GraphEntry
 from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
-from wg_core.errors import NodeError, UnknownBlockTypeError
+from wg_core.assembly.roles import WeightAdapter, role_of
+from wg_core.assembly.tools import tool_entry
+from wg_core.assembly.wiring import WiredGraph
+from wg_core.errors import ConfigError, NodeError, ToolError, UnknownBlockTypeError, did_you_mean
 from wg_core.execution.block import Block
 from wg_core.execution.executable_graph import Node
+from wg_core.execution.validate import Issue, ValidationResult
 from wg_core.levels.level import Level
 
 
-class Graph(Level[Block]):
+class Graph(Level[Block], WiredGraph):
     """A graph of blocks with typed ports; the first level that runs."""
 
     level = kind = "graph"
 
-    def __init__(self, id: str | None = None, *, task_kind: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, id: str | None = None, *, task_kind: str | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(id, metadata=metadata)
         self.task_kind = task_kind
-        self.tools: dict[str, Any] = {}
+        self.tools: dict[str, dict[str, Any]] = {}
 
     def add_node(
         self,
@@ -34,37 +41,172 @@ class Graph(Level[Block]):
         config: Mapping[str, Any] | None = None,
         registry: BlockRegistry | None = None,
         pool: ModelPool | None = None,
+        auto_connect: bool = True,
         trainable: bool = True,
+        pretrained: str | Path | Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
         hints: Mapping[str, str] | None = None,
+        connect: Mapping[str, str | Sequence[str]] | None = None,
     ) -> str:
         """Add a block: a registered type (`"role/name"`), a registered class, a config mapping, a block, or a node.
 
         Types and mappings are built through `registry` and `pool` (default: the process-wide ones); the same model
         reference gives the same block. Returns the node id, made from the type where none is given.
 
-        Raises: NodeError, ConfigError, UnknownBlockTypeError.
+        With `auto_connect` a block that has a role is joined to the others by the wiring rules, steered by `hints`
+        (`branch`, `codec`) and by `connect`, which pins inputs to source nodes. `pretrained` is a checkpoint or a
+        state dict. If anything fails, the graph is as before.
+
+        Raises: NodeError, ConfigError, UnknownBlockTypeError, ToolError, StateDictError, CheckpointError.
         """
         if isinstance(what, Node):
-            if config or registry or pool or defaults or hints or node_id or not trainable:
+            others = (node_id, config, registry, pool, pretrained, defaults, hints, connect)
+            if not trainable or any(given is not None for given in others):
                 raise NodeError(f"{self.id}: a Node is added as it is; set its own fields instead of giving arguments")
-            return self.insert_node(
-                what.child, what.node_id, trainable=what.trainable, defaults=what.defaults, hints=what.hints
+            block, node_id, trainable, defaults, hints = (
+                what.child,
+                what.node_id,
+                what.trainable,
+                what.defaults,
+                what.hints,
             )
-        if isinstance(what, Block):
+        elif isinstance(what, Block):
             if config is not None or registry is not None or pool is not None:
                 raise NodeError(f"{self.id}: a ready block takes no config, registry or pool")
             block = what
         else:
-            block = self._build(what, config, registry or default_registry(), pool or default_pool())
+            block = self._build(what, config, registry or default_registry(), default_pool() if pool is None else pool)
+        if connect and not auto_connect:
+            raise NodeError(
+                f"{self.id}: connect pins what the wiring rules do, and auto_connect=False turns them off; use add_edge"
+            )
+        version = self.version
         given = node_id if node_id is not None else self._free_id(block)
-        return self.insert_node(block, given, trainable=trainable, defaults=defaults, hints=hints)
+        self.insert_node(block, given, trainable=trainable, defaults=defaults, hints=hints)
+        try:
+            if auto_connect:
+                self.wire_node(given, connect)
+                tools = self._tools_of(given)
+            else:
+                tools = {}
+            if isinstance(pretrained, Mapping):
+                block.load_state_dict(pretrained)
+            elif pretrained is not None:
+                block.load_from_checkpoint(pretrained)
+        except BaseException:
+            super().remove_node(given)
+            self.version = version
+            raise
+        self.tools.update(tools)
+        return given
+
+    def _tools_of(self, node_id: str) -> dict[str, Any]:
+        """New entries of the tool table: each tool node that meets an agent, under its own id."""
+        role = role_of(self.nodes[node_id].child)
+        if role not in ("agent", "tool"):
+            return {}
+        partners = {"agent": "tool", "tool": "agent"}[role]
+        met = [
+            n for n in self._wishes.born if role_of(self.nodes[n].child) == partners and self._wishes.pair(n, node_id)
+        ]
+        tools = met if role == "agent" else [node_id] * bool(met)
+        known = {entry.get("node") for entry in self.tools.values()}
+        return {
+            t: tool_entry(self.id, t, t, self.nodes[t].child) for t in tools if t not in known and t not in self.tools
+        }
+
+    def add_tool(
+        self,
+        tool_id: str,
+        node_id: str,
+        *,
+        description: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        result_port: str | None = None,
+    ) -> None:
+        """Let agents of this graph call a node, under `tool_id`; `parameters` is a JSON schema of its arguments.
+
+        Raises: ToolError for a bad or taken id or a node that cannot be called, NodeError for an unknown node.
+        """
+        if tool_id in self.tools:
+            raise ToolError(
+                f"{self.id} has a tool {tool_id!r} already; choose another id, or remove_tool({tool_id!r}) first"
+            )
+        self.tools[tool_id] = tool_entry(
+            self.id, tool_id, node_id, self.get_node(node_id).child,
+            description=description, parameters=parameters, result_port=result_port,
+        )  # fmt: skip
+        self.version += 1
+
+    def remove_tool(self, tool_id: str) -> None:
+        """Take a node out of the tool table; the node stays. Raises: ToolError for an unknown id."""
+        if tool_id not in self.tools:
+            raise ToolError(f"{self.id} has no tool {tool_id!r}; {did_you_mean(tool_id, self.tools)}")
+        del self.tools[tool_id]
+        self.version += 1
+
+    def remove_node(self, node_id: str) -> None:
+        """Remove a node with its edges, exposed ports and tools."""
+        super().remove_node(node_id)
+        self.tools = {t: entry for t, entry in self.tools.items() if entry.get("node") != node_id}
+
+    def rename_node(self, node_id: str, new_id: str) -> None:
+        """Give a node another id; edges, exposed ports and place in the order stay."""
+        super().rename_node(node_id, new_id)
+        self.tools = {
+            t: {**entry, "node": new_id} if entry.get("node") == node_id else entry for t, entry in self.tools.items()
+        }
+
+    def resting(self) -> frozenset[str]:
+        """Nodes that no plan calls: tools (the agent calls them) and adapters that live in another block's weights."""
+        tools = {entry.get("node") for entry in self.tools.values()}
+        used = {x.node_id for direction in ("in", "out") for x in self.exposures(direction, explicit=True)}
+        return frozenset(
+            n
+            for n, node in self.nodes.items()
+            if (n in tools and n not in used and not self.edges_out(n))
+            or (not node.child.port_index.by_name and role_of(node.child) == "adapter")
+        )
+
+    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+        """Check the whole structure without loading or running anything; `deep` goes into children.
+
+        Raises: ValidationError with all errors, if `strict`.
+        """
+        result = super().validate(strict=False, deep=deep)
+        agents = any(role_of(node.child) == "agent" for node in self.nodes.values()) if self.tools else True
+        if not agents:
+            result.issues.append(
+                Issue("error", "AGENT_TOOLS", self.id, "it has tools but no agent to call them", "add an agent")
+            )
+        for tool_id, entry in self.tools.items():
+            node = self.nodes.get(entry.get("node", ""))
+            try:
+                if node is None:
+                    raise ToolError(f"tool {tool_id!r} is node {entry.get('node')!r}, which does not exist")
+                tool_entry(self.id, tool_id, node.node_id, node.child, result_port=entry.get("result_port"))
+            except ToolError as error:
+                result.issues.append(
+                    Issue("error", "AGENT_TOOLS", self.id, str(error), "add the node, or drop the tool")
+                )
+        for node in self.nodes.values():
+            if isinstance(node.child, WeightAdapter) and node.child.target not in self.nodes:
+                said = f"its target {node.child.target!r} is no node; {did_you_mean(node.child.target, self.nodes)}"
+                place = f"{self.id}/{node.node_id}"
+                result.issues.append(Issue("error", "ADAPTER_TARGET", place, said, "add that node, or remove the adapter"))
+        if not result.is_valid:
+            self._valid_stamp = None
+            if strict:
+                result.raise_errors()
+        return result
 
     def _build(self, what: Any, config: Mapping[str, Any] | None, registry: BlockRegistry, pool: ModelPool) -> Block:
         if inspect.isclass(what):
             block_type = cast(type[Block], what).block_type
             if block_type is None:
-                raise UnknownBlockTypeError(f"class {what.__name__} is not registered; decorate it with @register_block('role/name')")
+                raise UnknownBlockTypeError(
+                    f"class {what.__name__} is not registered; decorate it with @register_block('role/name')"
+                )
             return registry.build({"block_type": block_type, "config": dict(config or {})}, pool=pool)
         if isinstance(what, str):
             return registry.build({"block_type": what, "config": dict(config or {})}, pool=pool)
@@ -72,7 +214,9 @@ class Graph(Level[Block]):
             if config is not None:
                 raise NodeError(f"{self.id}: config is given twice, in the mapping and as an argument")
             return registry.build(cast("Mapping[str, Any]", what), pool=pool)
-        raise NodeError(f"{self.id}: cannot add a {type(what).__name__}; give a block type, class, mapping, block or node")
+        raise NodeError(
+            f"{self.id}: cannot add a {type(what).__name__}; give a block type, class, mapping, block or node"
+        )
 
     def _free_id(self, block: Block) -> str:
         base = (block.block_type or type(block).__name__.lower()).replace("/", "_")
@@ -88,9 +232,13 @@ class Graph(Level[Block]):
     @classmethod
     def from_entry(cls, entry: GraphEntry, build: Build) -> Self:
         graph = cls(entry.id, task_kind=entry.task_kind, metadata=entry.metadata)
-        graph.tools = dict(entry.tools)
+        graph.tools = {
+            t: dict(tool) if isinstance(tool, Mapping) else {"node": tool} for t, tool in entry.tools.items()
+        }
         fill_graph(graph, entry.nodes, build)
         fill_level(graph, entry, build)
+        for lost in graph.wiring_report.skipped:
+            raise build.at("edges").error(ConfigError(f"{lost.edge} is listed, but {lost.reason}; keep one of the two"))
         return graph
 
     def to_config(self) -> dict[str, Any]:

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import secrets
+import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import yaml
 
 from wg_core.assembly.build import Build, checked_entry, open_document, parse_document
-from wg_core.assembly.loader import Document
+from wg_core.assembly.loader import Document, Dumper
+from wg_core.assembly.models import SCHEMA_VERSION
 from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
+from wg_core.assembly.roles import WeightAdapter
 from wg_core.assembly.template import default_templates
-from wg_core.errors import NodeError, StateDictError
+from wg_core.errors import CheckpointError, NodeError, StateDictError
 from wg_core.execution.block import Block, LoadReport
-from wg_core.execution.executable_graph import Child, ExecutableGraph
+from wg_core.execution.context import FRAME, options_for
+from wg_core.execution.executable_graph import Child, ExecutableGraph, Node
+from wg_core.state.files import TEMP_PREFIX, make_folder, write_file
+from wg_core.structure.ids import safe_path
+from wg_core.weights.checkpoint import INDEX, file_hash, load_checkpoint, open_folder, put_folder, save_checkpoint
+from wg_core.weights.lora import active
+from wg_core.weights.module import ModuleBlock, frozen_forward
+from wg_core.weights.tree import sub_paths, unique
+
+MANIFEST = "manifest.json"
+_CHECKPOINTS = {"dir": "checkpoint", "archive": "checkpoint.zip"}
 
 
 def dump_yaml(config: Mapping[str, Any], path: Path | str) -> Path:
     """Write plain data as YAML, in order, readable."""
     target = Path(path)
-    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     target.write_text(text, encoding="utf-8")
     return target
 
@@ -56,9 +72,7 @@ class Written:
         return cls._from_document(open_document(path)[1], registry, pool)
 
     @classmethod
-    def from_yaml_text(
-        cls, text: str, *, registry: BlockRegistry | None = None, pool: ModelPool | None = None
-    ) -> Self:
+    def from_yaml_text(cls, text: str, *, registry: BlockRegistry | None = None, pool: ModelPool | None = None) -> Self:
         """Build from YAML or JSON text, which may not refer to files. Raises: ConfigError."""
         return cls._from_document(parse_document(text)[1], registry, pool)
 
@@ -72,41 +86,182 @@ class Written:
 
     @classmethod
     def _from_document(cls, document: Document, registry: BlockRegistry | None, pool: ModelPool | None) -> Self:
-        build = Build(registry or default_registry(), pool or default_pool(), {}, document)
+        build = Build(registry or default_registry(), default_pool() if pool is None else pool, {}, document)
         return cls.from_entry(checked_entry(document, cls.kind), build)
 
     def save_config(self, path: Path | str) -> Path:
         """Write `to_config()` as YAML."""
         return dump_yaml(self.to_config(), path)
 
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def block_paths(self) -> Iterator[tuple[str, Block]]:
+        """Each use of a block below, sub-blocks included, as `(path, block)`."""
+        return iter(())
+
+    def save_checkpoint(self, path: Path | str, *, format: str = "dir", backend: str = "safetensors") -> Path:
+        """Write the state of all blocks below, each once, as a folder (`dir`) or one file (`archive`).
+
+        Raises: CheckpointError.
+        """
+        return save_checkpoint(self.block_paths(), path, kind=self.kind, format=format, backend=backend)
+
+    def load_from_checkpoint(
+        self, path: Path | str, *, strict: bool = True, rename: Mapping[str, str] | None = None, verify: bool = True
+    ) -> LoadReport:
+        """Load what `save_checkpoint` wrote into the blocks below; nothing changes if it raises.
+
+        `rename` maps node paths in the checkpoint to those here. Raises: FileNotFoundError, CheckpointError,
+        StateDictError.
+        """
+        return load_checkpoint(self.block_paths(), path, strict=strict, rename=rename, verify=verify)
+
+    def save(self, folder: Path | str, *, format: str = "dir", backend: str = "safetensors") -> Path:
+        """Write structure and weights to `folder`: `config.yaml`, the checkpoint, and a manifest with their hashes.
+
+        Raises: ConfigError for an unregistered block, CheckpointError.
+        """
+        if format not in _CHECKPOINTS:
+            raise CheckpointError(f"checkpoint format {format!r} is none of {', '.join(_CHECKPOINTS)}")
+        target = Path(folder)
+        make_folder(target.parent)
+        temp = target.parent / f"{TEMP_PREFIX}{secrets.token_hex(6)}"
+        try:
+            make_folder(temp)
+            config = self.save_config(temp / "config.yaml")
+            checkpoint = self.save_checkpoint(temp / _CHECKPOINTS[format], format=format, backend=backend)
+            hashed = checkpoint / INDEX if format == "dir" else checkpoint
+            manifest = {
+                "kind": self.kind,
+                "schema_version": SCHEMA_VERSION,
+                "config": {"file": config.name, "sha256": file_hash(config)},
+                "checkpoint": {"file": checkpoint.name, "sha256": file_hash(hashed)},
+            }
+            write_file(temp / MANIFEST, json.dumps(manifest, indent=1).encode("utf-8"))
+            put_folder(temp, target, MANIFEST)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+        return target
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        registry: BlockRegistry | None = None,
+        pool: ModelPool | None = None,
+        verify: bool = True,
+    ) -> Self:
+        """Build what `save` wrote, with its weights; the references that it was built from need not exist any more.
+
+        Blocks come from a pool of its own unless one is given, so that no other user of a model is touched.
+
+        Raises: FileNotFoundError, CheckpointError, ConfigError.
+        """
+        with open_folder(Path(folder), MANIFEST) as root:
+            manifest = json.loads((root / MANIFEST).read_bytes())
+            if manifest.get("kind") != cls.kind:
+                raise CheckpointError(f"{folder} holds a {manifest.get('kind')}, not a {cls.kind}")
+            config, checkpoint = (safe_path(root, manifest[part]["file"]) for part in ("config", "checkpoint"))
+            checked = ((config, "config"), (checkpoint / INDEX if checkpoint.is_dir() else checkpoint, "checkpoint"))
+            for path, part in checked if verify else ():
+                if not path.is_file() or file_hash(path) != manifest[part]["sha256"]:
+                    raise CheckpointError(f"{folder}: {path.name} does not match its hash; it was changed or cut off")
+            built = cls.from_yaml(config, registry=registry, pool=ModelPool() if pool is None else pool)
+            built.load_from_checkpoint(checkpoint, verify=verify)
+            return built
+
 
 class Level(Written, ExecutableGraph[Child]):
     """An executable graph that can be written down, loaded and trained."""
 
+    _adapted = False  # whether a weight adapter was ever added
+
     # ---- state and training ----------------------------------------------------------------------------------------
 
-    def keyed_blocks(self) -> dict[str, Block]:
-        """Each block below once, sub-blocks included, under the path of its first use."""
-        found: dict[str, Block] = {}
-        seen: set[int] = set()
-        for path, block in self._block_paths():
-            if id(block) not in seen:
-                seen.add(id(block))
-                found[path] = block
-        return found
+    def call_of(self, node: Node[Child]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What runs a child; in training, a child that is not trainable here runs with its weights held still."""
+        child = cast("Block | Level[Any]", node.child)
+        if isinstance(child, Level):
+            return _level_call(cast(Any, node))
+        if any(isinstance(b, ModuleBlock) for b in child.iter_blocks()):
+            return _module_call(cast(Any, node), frozenset(id(a) for a, t in self._hanging() if t is child))
+        return child.forward
 
-    def _block_paths(self) -> Iterator[tuple[str, Block]]:
+    def insert_node(self, child: Child, node_id: str, **more: Any) -> str:
+        """Add a ready child under `node_id`; a weight adapter hangs on to its target as soon as both are there.
+
+        Raises: NodeError for a taken id or a default of an unknown port, ConfigError, AdapterError.
+        """
+        version = self.version
+        super().insert_node(child, node_id, **more)
+        self._adapted = self._adapted or isinstance(child, WeightAdapter)
+        try:
+            self._attach()
+        except BaseException:
+            super().remove_node(node_id)
+            self.version = version
+            raise
+        return node_id
+
+    def remove_node(self, node_id: str) -> None:
+        """Remove a node with its edges and exposed ports; adapters let go of it."""
+        child = self.get_node(node_id).child
+        super().remove_node(node_id)
+        if isinstance(child, WeightAdapter):
+            child.detach()
+        self._attach()
+
+    def replace_block(self, node_id: str, child: Child) -> None:
+        """Put another child with the same ports into a node; adapters move on to it.
+
+        Raises: NodeError if a port that is in use is missing or of another direction or type, AdapterError.
+        """
+        super().replace_block(node_id, child)
+        self._attach()
+
+    def rename_node(self, node_id: str, new_id: str) -> None:
+        """Give a node another id; edges, exposed ports and place in the order stay.
+
+        Raises: NodeError for a taken id, and for the target of an adapter, which is part of its configuration.
+        """
+        for name, node in self.nodes.items() if self._adapted else ():
+            if isinstance(node.child, WeightAdapter) and node.child.target == node_id:
+                raise NodeError(f"{self.id}/{node_id} is the target of adapter {name!r}; remove that node to rename this one")
+        super().rename_node(node_id, new_id)
+
+    def _hanging(self) -> Iterator[tuple[WeightAdapter, Any]]:
+        """Each weight adapter here with the block of its target, or None."""
+        for node in self.nodes.values() if self._adapted else ():
+            if isinstance(node.child, WeightAdapter):
+                target = self.nodes.get(node.child.target)
+                yield node.child, target.child if target is not None else None
+
+    def _attach(self) -> None:
+        for adapter, target in self._hanging():
+            if target is None:
+                adapter.detach()
+            else:
+                adapter.attach(target, managed=True)
+
+    def block_paths(self) -> Iterator[tuple[str, Block]]:
         for node_id, node in self.nodes.items():
             child = cast("Block | Level[Any]", node.child)
             if isinstance(child, Level):
-                for path, block in cast("Level[Any]", child)._block_paths():
+                for path, block in child.block_paths():
                     yield f"{node_id}/{path}", block
             else:
-                yield from _sub_paths(node_id, child)
+                yield from sub_paths(node_id, child)
+
+    def keyed_blocks(self) -> dict[str, Block]:
+        """Each block below once, sub-blocks included, under the path of its first use."""
+        return unique(self.block_paths())
 
     def state_dict(self) -> dict[str, Any]:
         """State of all unique blocks below, as `"<path of first use>:<key>" -> tensor or JSON value`."""
-        return {f"{path}:{k}": v for path, block in self.keyed_blocks().items() for k, v in block.own_state_dict().items()}
+        return {
+            f"{path}:{k}": v for path, block in self.keyed_blocks().items() for k, v in block.own_state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadReport:
         """Load what `state_dict` gave; nothing changes if it raises.
@@ -116,7 +271,9 @@ class Level(Written, ExecutableGraph[Child]):
         current = self.state_dict()
         missing = tuple(k for k in current if k not in state)
         unexpected = tuple(k for k in state if k not in current)
-        wrong = [k for k in current if k in state and getattr(current[k], "shape", None) != getattr(state[k], "shape", None)]
+        wrong = [
+            k for k in current if k in state and getattr(current[k], "shape", None) != getattr(state[k], "shape", None)
+        ]
         if wrong or (strict and (missing or unexpected)):
             raise StateDictError(
                 f"{self.id} cannot load this state: missing {list(missing)}, unexpected {list(unexpected)}, wrong shape {wrong}"
@@ -134,17 +291,15 @@ class Level(Written, ExecutableGraph[Child]):
         """
         first, _, rest = path.replace(".", "/").partition("/")
         node = self.get_node(first)
+        if rest and not isinstance(node.child, Level):
+            raise NodeError(f"{self.id}/{first} is a block; there is no node {rest!r} below it")
+        if rest:
+            cast("Level[Any]", node.child).set_trainable(rest, trainable, freeze_others=freeze_others)
         if freeze_others:
             for other in self.nodes.values():
                 other.trainable = other is node
-        if not rest:
+        if not rest or trainable:
             node.trainable = trainable
-        elif isinstance(node.child, Level):
-            if trainable:
-                node.trainable = True
-            cast("Level[Any]", node.child).set_trainable(rest, trainable, freeze_others=freeze_others)
-        else:
-            raise NodeError(f"{self.id}/{first} is a block; there is no node {rest!r} below it")
 
     def trainable_parameters(self) -> list[Any]:
         """Parameters of all trainable nodes below, each tensor once."""
@@ -164,7 +319,29 @@ class Level(Written, ExecutableGraph[Child]):
                     yield f"{node_id}{separator}{name}", parameter
 
 
-def _sub_paths(path: str, block: Block) -> Iterator[tuple[str, Block]]:
-    yield path, block
-    for name, sub in block.get_sub_blocks().items():
-        yield from _sub_paths(f"{path}.{name}", sub)
+def _level_call(node: Node[Level[Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    level = node.child
+
+    def call(inputs: dict[str, Any]) -> dict[str, Any]:
+        frame = FRAME.get()
+        if node.trainable or frame is None or not frame.options.training:
+            return level.forward(inputs)
+        return level._execute(inputs, replace(options_for(frame.options, node.node_id), training=False), frame)
+
+    return call
+
+
+def _module_call(node: Node[Block], adapters: frozenset[int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    block = node.child
+
+    def call(inputs: dict[str, Any]) -> dict[str, Any]:
+        frame = FRAME.get()
+        if node.trainable and (frame is None or frame.options.training):
+            return block.forward(inputs)
+        return frozen_forward(block, inputs)
+
+    def adapted_call(inputs: dict[str, Any]) -> dict[str, Any]:
+        with active(adapters):
+            return call(inputs)
+
+    return adapted_call if adapters else call

@@ -100,11 +100,15 @@ class Stage(Nested[Pipeline]):
         specs = {s["key"]: s for s in super().get_input_spec()}
         for key, source in self._given_inputs.items():
             if key not in specs:
-                raise ConfigError(f"stage {self.id!r}: inputs maps {key!r}, which no pipeline takes; {did_you_mean(key, specs)}")
+                raise ConfigError(
+                    f"stage {self.id!r}: inputs maps {key!r}, which no pipeline takes; {did_you_mean(key, specs)}"
+                )
             block = source.split(".", 1)[0]
             if source not in SOURCES and block not in self.reads:
                 known = [*SOURCES, *self.reads]
-                raise ConfigError(f"stage {self.id!r}: input {key!r} comes from {source!r}; {did_you_mean(block, known)}")
+                raise ConfigError(
+                    f"stage {self.id!r}: input {key!r} comes from {source!r}; {did_you_mean(block, known)}"
+                )
         mapping = dict(self._given_inputs)
         for key, spec in specs.items():
             if key not in mapping:
@@ -139,7 +143,13 @@ class Stage(Nested[Pipeline]):
     # ---- running -----------------------------------------------------------------------------------------------------
 
     def step(
-        self, state: State, *, world: Any = None, action: str | None = None, schema: Mapping[str, Any] | None = None, **options: Any
+        self,
+        state: State,
+        *,
+        world: Any = None,
+        action: str | None = None,
+        schema: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> StageResult:
         """Run on `state` if the contract says so, else hand it on unchanged with the reason.
 
@@ -163,7 +173,9 @@ class Stage(Nested[Pipeline]):
             state = state.put(block, value)
         empty = [b for b in self.writes if b not in state.filled_names()]
         if empty:
-            raise OutputContractError(f"stage {self.id!r} ran but left {', '.join(empty)} empty; it declares writes {list(self.writes)}")
+            raise OutputContractError(
+                f"stage {self.id!r} ran but left {', '.join(empty)} empty; it declares writes {list(self.writes)}"
+            )
         usage = _difference(frame.usage, before) if frame is not None else {}
         return StageResult(state, True, "", seconds, usage)
 
@@ -200,7 +212,9 @@ class Stage(Nested[Pipeline]):
     def get_input_spec(self) -> list[Spec]:
         """The inputs of the stage itself: the state, and what its pipelines map beside it."""
         mapped = set(self.input_mapping().values())
-        beside = [_entry(k, t, False) for k, t in (("world", "world"), ("action", "text"), ("schema", "dict")) if k in mapped]
+        beside = [
+            _entry(k, t, False) for k, t in (("world", "world"), ("action", "text"), ("schema", "dict")) if k in mapped
+        ]
         return [_entry("state", "dict", False), *beside]
 
     def get_output_spec(self) -> list[Spec]:
@@ -252,7 +266,9 @@ class Stage(Nested[Pipeline]):
         if len(pipeline.nodes) != 1:
             return None
         ((graph_id, inner),) = pipeline.nodes.items()
-        plain = not (node.defaults or inner.defaults or self.edges or pipeline.edges) and node.trainable and inner.trainable
+        plain = (
+            not (node.defaults or inner.defaults or self.edges or pipeline.edges) and node.trainable and inner.trainable
+        )
         plain = plain and not any(
             level.exposures(d, explicit=True) for level in (cast("Nested[Any]", self), pipeline) for d in ("in", "out")
         )
@@ -266,6 +282,8 @@ def _entry(key: str, type_name: str, required: bool) -> Spec:
     }  # fmt: skip
 
 
-def _difference(now: Mapping[str, Mapping[str, int]], before: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+def _difference(
+    now: Mapping[str, Mapping[str, int]], before: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
     rows = {m: {k: v - before.get(m, {}).get(k, 0) for k, v in row.items()} for m, row in now.items()}
     return {m: row for m, row in rows.items() if any(row.values())}

@@ -6,7 +6,9 @@ import logging
 import os
 import secrets
 import socket
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,8 +25,8 @@ from wg_core.levels.stage import CONTRACTS, Stage, StageResult, why_not
 from wg_core.state.canonical import sha256_json
 from wg_core.state.content import WorldContent, apply
 from wg_core.state.home import home
-from wg_core.state.schemas import intent_schema, outcome_schema
-from wg_core.state.state import BLOCKS, State, block_schema
+from wg_core.state.schemas import intent_schema, offered, outcome_schema
+from wg_core.state.state import BLOCKS, State, block_name, block_schema
 from wg_core.state.store import Snapshot, SnapshotStore, StageRecord
 
 ROLES = ("philosopher", "author", "world_update", "development", "architect", "creator")
@@ -99,7 +101,9 @@ class World(Written):
         for role, stage_entry in entry.execution.stages.items():
             here = build.at("execution", "stages", role)
             if stage_entry.role not in (None, role):
-                raise here.error(ConfigError(f"this stage stands under {role!r} but names the role {stage_entry.role!r}"))
+                raise here.error(
+                    ConfigError(f"this stage stands under {role!r} but names the role {stage_entry.role!r}")
+                )
             named = stage_entry.model_copy(update={"role": role, "id": stage_entry.id or role})
             stages[role] = Stage.from_entry(named, here)
         root = entry.execution.storage.root
@@ -122,7 +126,9 @@ class World(Written):
         stages: dict[str, Any] = {}
         for role, stage in self.stages.items():
             entry = stage.to_config()
-            stages[role] = {k: v for k, v in entry.items() if k not in ("kind", "schema_version", "role") and (k, v) != ("id", role)}
+            stages[role] = {
+                k: v for k, v in entry.items() if k not in ("kind", "schema_version", "role") and (k, v) != ("id", role)
+            }
         return {
             "kind": "world",
             "schema_version": "1.0",
@@ -137,6 +143,11 @@ class World(Written):
     def config_hash(self) -> str:
         """Hash of everything that decides how this world runs."""
         return sha256_json(self.to_config()["execution"])
+
+    def block_paths(self) -> Iterator[tuple[str, Block]]:
+        for role, stage in self.stages.items():
+            for path, block in stage.block_paths():
+                yield f"{role}/{path}", block
 
     def iter_blocks(self) -> Iterator[Block]:
         """All blocks of all stages, each instance once."""
@@ -210,7 +221,9 @@ class World(Written):
             self.store.release(self.world_id, owner, epoch)
             raise
 
-    def run_stage(self, role: str, flow: Flow, *, hooks: Sequence[Hook] = (), options: Mapping[str, Any] | None = None) -> Flow:
+    def run_stage(
+        self, role: str, flow: Flow, *, hooks: Sequence[Hook] = (), options: Mapping[str, Any] | None = None
+    ) -> Flow:
         """Run one stage (or World update) of the step; a result that was journaled before a crash is taken over.
 
         Raises: NodeExecutionError, OutputContractError, and NodeError for an unknown role.
@@ -225,9 +238,13 @@ class World(Written):
         key = self._journal_key(role, flow)
         known = self.store.journal_get(self.world_id, key)
         if known is not None:
-            after = flow.model_copy(update={**known["flow"], "stages": [*flow.stages, StageRecord.model_validate(known["record"])]})
+            after = flow.model_copy(
+                update={**known["flow"], "stages": [*flow.stages, StageRecord.model_validate(known["record"])]}
+            )
         else:
-            after = self._update(flow) if role == "world_update" else self._run_stage(role, flow, all_hooks, options or {})
+            after = (
+                self._update(flow) if role == "world_update" else self._run_stage(role, flow, all_hooks, options or {})
+            )
             record = after.stages[-1]
             if record.ran:
                 changed = after.model_dump(mode="json", include={"state", "content", "applied", "dropped"})
@@ -245,13 +262,16 @@ class World(Written):
         """
         done = [r.role for r in flow.stages]
         if done != list(ROLES):
-            raise OutputContractError(f"step {flow.step} of {self.world_id!r} is not complete: stages run so far: {done or 'none'}")
+            raise OutputContractError(
+                f"step {flow.step} of {self.world_id!r} is not complete: stages run so far: {done or 'none'}"
+            )
         snapshot = Snapshot(
             world_id=self.world_id,
             step=flow.step,
             parent=flow.parent,
             given=flow.given,
             applied=flow.applied,
+            dropped=flow.dropped,
             carried=flow.state,
             content=flow.content,
             content_seed=flow.content_seed,
@@ -260,14 +280,22 @@ class World(Written):
             models=self.models(),
             seed=flow.seed,
             action=flow.action,
-            run={"created_at": time.time(), "seconds": time.time() - flow.started, "host": socket.gethostname(), **(run or {})},
+            run={
+                "created_at": time.time(),
+                "seconds": time.time() - flow.started,
+                "host": socket.gethostname(),
+                **(run or {}),
+            },
         )
         try:
             published = self.store.publish(snapshot, epoch=flow.epoch)
         finally:
             self.store.release(self.world_id, flow.owner, flow.epoch)
         self.store.journal_clear(self.world_id, flow.step)
-        _tell((*self.hooks, *hooks), Event("snapshot", self.world_id, "world", data={"step": flow.step, "id": published.id}))
+        _tell(
+            (*self.hooks, *hooks),
+            Event("snapshot", self.world_id, "world", data={"step": flow.step, "id": published.id}),
+        )
         return published
 
     def abandon(self, flow: Flow) -> None:
@@ -308,7 +336,14 @@ class World(Written):
         for i in range(n):
             yield self.step(action=action if i == 0 else None, seed=seed, hooks=hooks, **options)
 
-    def run(self, state: State | Mapping[Any, Any] | None = None, *, action: str | None = None, num_steps: int = 1, **more: Any) -> Snapshot:
+    def run(
+        self,
+        state: State | Mapping[Any, Any] | None = None,
+        *,
+        action: str | None = None,
+        num_steps: int = 1,
+        **more: Any,
+    ) -> Snapshot:
         """`num_steps` steps; gives the last snapshot. Raises: ConfigError for fewer than one step."""
         if num_steps < 1:
             raise ConfigError(f"num_steps is {num_steps}; a run has at least one step")
@@ -349,41 +384,45 @@ class World(Written):
 
     # ---- inside a step -----------------------------------------------------------------------------------------------
 
-    def schema_for(self, block: str, content: WorldContent) -> dict[str, Any]:
-        """The JSON schema that this world allows for a block: names and numbers restricted to what there is."""
+    def schema_for(
+        self, block: str, content: WorldContent, state: State | None = None, *, seed: int = 0
+    ) -> dict[str, Any]:
+        """The JSON schema that this world allows for a block: names and numbers restricted to what there is.
+
+        Of many names a few are offered, drawn by `seed`; those in the focus of `state`'s intent come first.
+        """
         if block == "generation_config":
-            for blk in self.stages["creator"].iter_blocks():
-                request_schema = getattr(blk, "request_schema", None)
+            for maker in self.stages["creator"].iter_blocks():
+                request_schema = getattr(maker, "request_schema", None)
                 if request_schema is not None:
-                    names = {kind: content.ids(kind) for kind in ("entity", "place", "term")}
+                    names = {kind: offered(content.ids(kind), seed) for kind in ("entity", "place", "term")}
                     return cast("Callable[..., dict[str, Any]]", request_schema)(names)
         if block == "intent":
-            return intent_schema(content)
+            return intent_schema(content, seed)
         if block == "outcome":
-            return outcome_schema(content)
+            return outcome_schema(content, seed, (state.read("intent.focus") or []) if state else [])
         return block_schema(block)
 
     def _run_stage(self, role: str, flow: Flow, hooks: Sequence[Hook], options: Mapping[str, Any]) -> Flow:
         stage = self.stages[role]
-        content = self.content(flow.content)
-        chosen = RunOptions(
-            **{
-                "seed": derive_seed(flow.seed, flow.step),
-                "callbacks": tuple(hooks),
-                "blobs": self.store.blobs,
-                **options,
-                "extra": {"step": flow.step, **(options.get("extra") or {})},
-            }
-        )
+        content, state = self.content(flow.content), State.of(flow.state)
+        step_seed = derive_seed(flow.seed, flow.step)
+        settings: dict[str, Any] = {
+            "seed": step_seed,
+            "callbacks": tuple(hooks),
+            "blobs": self.store.blobs,
+            **options,
+        }
+        chosen = RunOptions(**{**settings, "extra": {"step": flow.step, **(options.get("extra") or {})}})
         frame = Frame("world", self.world_id, chosen)
         frame.node_id = role
         token = FRAME.set(frame)
         try:
             result: StageResult = stage.step(
-                State.of(flow.state),
+                state,
                 world=content.view(),
                 action=flow.action,
-                schema=self.schema_for(stage.writes[0], content),
+                schema=self.schema_for(stage.writes[0], content, state, seed=step_seed),
             )
         finally:
             FRAME.reset(token)
@@ -441,20 +480,29 @@ def default_owner() -> str:
 
 
 def example_state(blocks: Sequence[int | str], put: Callable[[bytes], str]) -> State:
-    """A valid state with just these blocks; its artifact is a small text, stored through `put`."""
-    sha = put("A lantern burns at the pier.".encode())
+    """A valid state with just these blocks; its artifact is a small picture, stored through `put`."""
+    sha = put(_small_png())
+    picture = {"id": sha, "media_type": "image/png", "slot": "images", "uri": f"blob:{sha}", "width": 16, "height": 16}
     examples: dict[str, Any] = {
         "intent": {"text": "The harbour waits for the morning boats."},
-        "generation_config": {"requests": [{"id": "r1", "slot": "texts", "maker": "note", "params": {}}]},
-        "artifacts": {"texts": [{"id": sha, "media_type": "text/plain", "slot": "texts", "uri": f"blob:{sha}"}]},
-        "descriptions": {"items": [{"artifact_id": sha, "text": "A short note about a lantern.", "facts": {}}]},
-        "outcome": {"narrative": "Someone lit the lantern at the pier.", "changes": []},
+        "generation_config": {"requests": [{"id": "r1", "slot": "images", "maker": "map", "params": {}}]},
+        "artifacts": {"images": [picture]},
+        "descriptions": {"items": [{"artifact_id": sha, "text": "A small blue square.", "facts": {"width": 16}}]},
+        "outcome": {"narrative": "Someone painted the harbour wall blue.", "changes": []},
     }
-    wanted = [b if isinstance(b, str) else BLOCKS[b - 1] for b in blocks]
-    unknown = [b for b in wanted if b not in examples]
-    if unknown:
-        raise ConfigError(f"unknown state block {unknown[0]!r}; {did_you_mean(unknown[0], BLOCKS)}")
+    wanted = [block_name(b) for b in blocks]
     return State.of({b: examples[b] for b in BLOCKS if b in wanted})
+
+
+def _small_png() -> bytes:
+    """A blue square of 16 x 16 pixels (PNG, ISO/IEC 15948)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + b"\x2a\x5c\x8a" * 16) * 16
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def _tell(hooks: Sequence[Hook], event: Event) -> None:

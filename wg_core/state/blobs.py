@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from wg_core.errors import ConfigError, CorruptSnapshotError
@@ -40,6 +41,8 @@ class FileBlobs:
         path = self.path(sha)
         try:
             stored = path.stat().st_size == len(data)
+            if stored and sha not in self._durable:
+                os.utime(path)  # in use again: `gc` spares what is young
         except FileNotFoundError:
             stored = False
         if not stored:
@@ -65,6 +68,11 @@ class FileBlobs:
                 f"blob {sha} is corrupt: {path} has sha256 {actual}; restore the file from a copy of the store"
             )
         return data
+
+    def forget(self, sha: str) -> None:
+        """Remove `sha`, if it is stored."""
+        self._durable.discard(sha)
+        self.path(sha).unlink(missing_ok=True)
 
     def has(self, sha: str) -> bool:
         """Whether a file of `sha` is stored (its bytes are checked by `get`)."""

@@ -239,6 +239,17 @@ class WorldContent:
             raise ConfigError(f"no kind {kind!r} in a content; {did_you_mean(kind, KINDS)}")
         return self._kinds[kind]
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one JSON document: texts, lists, records by kind and id, artifacts, the chronicle; a copy."""
+        value = {
+            **self._texts.value,
+            **self._lists.value,
+            **{kind: {i: part.value for i, part in self._kinds[kind].items()} for kind in KINDS},
+            "artifacts": {i: part.value for i, part in self._artifacts.items()},
+            "chronicle": [entry for segment in self._segments for entry in segment.entries],
+        }
+        return plain(value, "content")
+
     # ---- comparing -----------------------------------------------------------------------------------------------
 
     def diff(self, other: WorldContent) -> dict[str, Any]:

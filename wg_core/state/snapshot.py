@@ -119,6 +119,11 @@ class Snapshot(BaseModel):
                 found |= {item["id"]: item for item in items}
         return found
 
+    def calls(self) -> dict[str, str]:
+        """Stage -> blob with the model calls that it made in this step."""
+        found = self.run.get("calls")
+        return {str(k): str(v) for k, v in cast("dict[str, Any]", found).items()} if isinstance(found, dict) else {}
+
     def diff(self, other: Snapshot) -> dict[str, list[Any]]:
         """The fields of the document, without `run`, that differ: `{field: [mine, theirs]}`."""
         mine, theirs = (s.model_dump(mode="json", exclude={"run"}) for s in (self, other))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,9 @@ from wg_core.state.canonical import canonical_bytes, is_sha256, parse_json, sha2
 from wg_core.state.content import WorldContent
 from wg_core.state.files import TEMP_PREFIX, sync_folder, write_file
 from wg_core.state.lease import DEFAULT_TTL_S, Lease
+from wg_core.state.part import read_json
 from wg_core.state.snapshot import Origin, Snapshot, StageRecord
+from wg_core.state.upkeep import GRACE_S, Removed, gc, read_pruned
 from wg_core.structure.ids import check_id, safe_path
 
 __all__ = ["Lease", "Origin", "Snapshot", "SnapshotStore", "StageRecord"]
@@ -58,10 +60,12 @@ class SnapshotStore:
 
     def get(self, world_id: str, step: int) -> Snapshot:
         """The snapshot of a step. Raises: ConfigError if there is none, CorruptSnapshotError."""
-        path = self._manifest(world_id, step)
+        path = self.manifest_path(world_id, step)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
+            if step in read_pruned(self._world(world_id)):
+                raise ConfigError(f"step {step} of world {world_id!r} was removed from its history") from None
             steps = self.steps(world_id)
             known = f"it has {steps[0]} to {steps[-1]}" if steps else "it has none yet"
             raise ConfigError(f"world {world_id!r} has no step {step}; {known}") from None
@@ -79,9 +83,10 @@ class SnapshotStore:
     def history(self, world_id: str) -> list[Snapshot]:
         """All snapshots of a world, oldest first. Raises: CorruptSnapshotError, also for a broken chain."""
         found: list[Snapshot] = []
+        pruned = read_pruned(self._world(world_id))
         for step in self.steps(world_id):
             snapshot = self.get(world_id, step)
-            problem = _chain_problem(found[-1] if found else None, snapshot)
+            problem = _chain_problem(found[-1] if found else None, snapshot, pruned)
             if problem:
                 raise CorruptSnapshotError(f"the history of world {world_id!r} is broken: {problem}")
             found.append(snapshot)
@@ -145,7 +150,7 @@ class SnapshotStore:
             raise CorruptSnapshotError(
                 f"step {snapshot.step}: its content {snapshot.content} is not in {self.blobs.root}; save it there first"
             )
-        path = self._manifest(snapshot.world_id, snapshot.step)
+        path = self.manifest_path(snapshot.world_id, snapshot.step)
         for stray in path.parent.glob(f"{TEMP_PREFIX}*"):  # of a killed run: under the lock nobody writes here
             stray.unlink(missing_ok=True)
         try:
@@ -224,6 +229,11 @@ class SnapshotStore:
         checked: dict[str, str | None] = {}
         last: Snapshot | None = None
         roots: set[str] = set()
+        try:
+            pruned = read_pruned(self._world(world_id))
+        except WGError as error:
+            problems.append(str(error))
+            pruned = {}
         for step in self.steps(world_id):
             try:
                 snapshot = self.get(world_id, step)
@@ -232,10 +242,13 @@ class SnapshotStore:
                 last = None
                 continue
             if last is not None or not problems:
-                broken = _chain_problem(last, snapshot)
+                broken = _chain_problem(last, snapshot, pruned)
                 problems += [f"step {step}: {broken}"] if broken else []
             last = snapshot
             faults = self._artifact_problems(snapshot.artifacts().values(), checked)
+            for role, sha in sorted(snapshot.calls().items()):
+                fault = _first_fault(sha, lambda sha=sha: read_json(self.blobs, sha, "record of calls"), checked)
+                faults += [f"calls of {role}: {fault}"] if fault else []
             for root in (snapshot.content, snapshot.content_seed):
                 if root is not None and root not in roots:
                     roots.add(root)
@@ -275,6 +288,36 @@ class SnapshotStore:
                 faults += self._artifact_problems([part.value["artifact"]], checked)
         return faults
 
+    # ---- comparing and upkeep ----------------------------------------------------------------------------------------
+
+    def document(self, snapshot: Snapshot) -> dict[str, Any]:
+        """What a step left, as one JSON document: action, the states given, applied and carried, and the content."""
+        return {
+            "action": snapshot.action,
+            "given": snapshot.given,
+            "applied": snapshot.applied,
+            "carried": snapshot.carried,
+            "content": self.content(snapshot).to_json(),
+        }
+
+    def diff(self, a: Snapshot, b: Snapshot, *, other: SnapshotStore | None = None) -> list[dict[str, Any]]:
+        """The JSON Patch (RFC 6902) from the document of `a` to that of `b`, which may lie in another store."""
+        import jsonpatch
+
+        patch = jsonpatch.make_patch(self.document(a), (other or self).document(b))
+        return cast("list[dict[str, Any]]", list(patch))
+
+    def gc(
+        self,
+        world_id: str | None = None,
+        *,
+        max_snapshots: int | None = None,
+        grace_s: float = GRACE_S,
+        dry_run: bool = False,
+    ) -> Removed:
+        """Remove unreferenced blobs, and with `max_snapshots` the oldest steps of a world; see `upkeep.gc`."""
+        return gc(self, world_id, max_snapshots=max_snapshots, grace_s=grace_s, dry_run=dry_run)
+
     # ---- paths ---------------------------------------------------------------------------------------------------
 
     def _world(self, world_id: str) -> Path:
@@ -285,7 +328,8 @@ class SnapshotStore:
     def _manifests(self, world_id: str) -> Path:
         return self._world(world_id) / "manifests"
 
-    def _manifest(self, world_id: str, step: int) -> Path:
+    def manifest_path(self, world_id: str, step: int) -> Path:
+        """The file of a step, present or not."""
         if step < 0:
             raise ConfigError(f"step {step} is negative; the first step is 0")
         return self._manifests(world_id) / f"{step:06d}.json"
@@ -306,8 +350,14 @@ def _first_fault(sha: str, read: Callable[[], object], checked: dict[str, str | 
     return checked[sha]
 
 
-def _chain_problem(last: Snapshot | None, snapshot: Snapshot) -> str | None:
-    """Why `snapshot` cannot stand after `last`, None if it can."""
+def _chain_problem(
+    last: Snapshot | None, snapshot: Snapshot, pruned: Mapping[int, str] | None = None
+) -> str | None:
+    """Why `snapshot` cannot stand after `last`, None if it can; `pruned` are the ids of removed steps."""
+    before = (pruned or {}).get(snapshot.step - 1)
+    if before is not None and (last is None or last.step < snapshot.step - 1):
+        named = snapshot.parent[:12] if snapshot.parent else "none"
+        return None if snapshot.parent == before else f"its parent is {named}, not {before[:12]} of the removed step"
     if last is None:
         if snapshot.parent is not None:
             return f"its parent {snapshot.parent[:12]} is not there"

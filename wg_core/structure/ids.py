@@ -19,7 +19,9 @@ def check_id(value: object, what: str = "id") -> str:
     if isinstance(value, str) and _ID.fullmatch(value):
         return value
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    raise ConfigError(f"bad {what} {shown}: use a letter or '_' first, then letters, digits and '_', at most 64 characters")
+    raise ConfigError(
+        f"bad {what} {shown}: use a letter or '_' first, then letters, digits and '_', at most 64 characters"
+    )
 
 
 def safe_path(root: Path, *parts: str) -> Path:

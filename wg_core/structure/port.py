@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any, ClassVar, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from wg_core.errors import PortError, PortValueError, did_you_mean
 
@@ -62,7 +62,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "any": lambda v: True,
     "tensor": _is_array,
     "number": lambda v: isinstance(v, Number) or (_is_array(v) and v.ndim == 0),
-    "text": lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(x, str) for x in cast("list[Any]", v))),
+    "text": lambda v: (
+        isinstance(v, str) or (isinstance(v, list) and all(isinstance(x, str) for x in cast("list[Any]", v)))
+    ),
     "list": lambda v: isinstance(v, (list, tuple)),
     "dict": lambda v: isinstance(v, Mapping),
     "image": _is_array,
@@ -91,7 +93,7 @@ def register_port_type(name: str, *, subtype_of: str | None = None, check: Calla
         raise PortError(f"bad port type name {name!r}: use lower case letters, digits and '_'")
     if subtype_of is not None and subtype_of not in _KINDS:
         raise PortError(f"port type {name!r}: unknown supertype {subtype_of!r}; {did_you_mean(subtype_of, _KINDS)}")
-    supertypes = frozenset({name}) | (_SUPERTYPES[subtype_of] if subtype_of else frozenset())
+    supertypes = frozenset({name, *(_SUPERTYPES[subtype_of] if subtype_of else ())})
     if name in _KINDS:
         if _SUPERTYPES[name] == supertypes:
             return
@@ -145,6 +147,25 @@ class Port:
     agg_dim: int | None = None
     agg_sep: str = "\n"
 
+    if TYPE_CHECKING:  # what the constructor accepts; it makes a tuple of `types` and of `aliases`
+
+        def __init__(
+            self,
+            name: str,
+            direction: Direction,
+            types: str | Sequence[str] = ("any",),
+            optional: bool = False,
+            aggregation: Aggregation = "single",
+            default: Any = UNSET,
+            tag: str | None = None,
+            schema: Any = None,
+            aliases: Sequence[str] = (),
+            streamable: bool = False,
+            description: str = "",
+            agg_dim: int | None = None,
+            agg_sep: str = "\n",
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         given: Any = self.types
         names: tuple[str, ...] = tuple(given.split("|")) if isinstance(given, str) else tuple(given)
@@ -160,7 +181,9 @@ class Port:
             if name not in _KINDS:
                 raise PortError(f"port {self.name!r}: unknown type {name!r}; {did_you_mean(name, _KINDS)}")
         if self.aggregation not in AGGREGATIONS:
-            raise PortError(f"port {self.name!r}: aggregation {self.aggregation!r} is none of {', '.join(AGGREGATIONS)}")
+            raise PortError(
+                f"port {self.name!r}: aggregation {self.aggregation!r} is none of {', '.join(AGGREGATIONS)}"
+            )
         if self.direction == "out":
             if self.aggregation != "single":
                 raise PortError(f"output port {self.name!r} cannot aggregate; only inputs have {self.aggregation!r}")
@@ -259,7 +282,7 @@ def _concat(port: Port, values: list[Any]) -> Any:
 
 
 def _sum(values: list[Any]) -> Any:
-    numbers = all(isinstance(v, Number) and not isinstance(v, bool) for v in values)
+    numbers = all(isinstance(v, Number) for v in values) and not any(isinstance(v, bool) for v in values)
     if not numbers and not all(_is_array(v) for v in values):
         return UNSET
     total = values[0]

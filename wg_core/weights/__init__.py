@@ -1,0 +1,1 @@
+"""The torch floor: modules in blocks, walking over parameters, checkpoints."""

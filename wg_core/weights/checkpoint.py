@@ -1,0 +1,477 @@
+"""Checkpoints: the state of each block once, in a flat store, and an index that leads from paths to blocks.
+
+A checkpoint is a folder (`dir`) or the same folder as one zip file (`archive`): `index.json`, and in `blocks/` one file
+of tensors and one JSON file of other values for each block that has such state. Loading is all or nothing: everything
+is read, hashed and compared before any block changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from wg_core.errors import CheckpointError, ConfigError, StateDictError
+from wg_core.execution.block import Block, LoadReport
+from wg_core.state.canonical import parse_json
+from wg_core.state.files import TEMP_PREFIX, make_folder, sync_folder, write_file
+from wg_core.structure.ids import safe_path
+from wg_core.structure.port import kind_of
+from wg_core.weights.archive import pack_folder, unpack
+from wg_core.weights.backends import get_backend, read_tensors
+from wg_core.weights.module import ModuleBlock
+from wg_core.weights.tree import Paths, is_tensor, sub_paths, unique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "wg-checkpoint"
+VERSION = "1.0"
+FORMATS = ("dir", "archive")
+INDEX = "index.json"
+ROOT = "block"  # the path of a block that is saved by itself
+LIBRARIES = ("generative-worlds", "torch", "safetensors")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    paths: Paths, target: Path | str, *, kind: str, format: str = "dir", backend: str = "safetensors"
+) -> Path:
+    """Write the state of all blocks at `paths` to `target`, which is afterwards whole or as it was.
+
+    Raises: CheckpointError for an unknown format or backend, state that is neither tensor nor JSON, and a `target`
+    that holds something else.
+    """
+    if format not in FORMATS:
+        raise CheckpointError(f"checkpoint format {format!r} is none of {', '.join(FORMATS)}")
+    get_backend(backend)
+    place = Path(target)
+    make_folder(place.parent)
+    temp = place.parent / f"{TEMP_PREFIX}{secrets.token_hex(6)}"
+    try:
+        _write_folder(temp, list(paths), kind, backend)
+        if format == "dir":
+            put_folder(temp, place, INDEX)
+        elif place.is_dir():
+            raise CheckpointError(f"{place} is a folder; give a file name for an archive")
+        else:
+            pack_folder(temp, place)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return place
+
+
+def put_folder(temp: Path, target: Path, mark: str) -> None:
+    """Let the finished folder `temp` take the place of `target`, which must be absent, empty or hold a file `mark`.
+
+    Raises: CheckpointError.
+    """
+    old: Path | None = None
+    if target.exists():
+        if not target.is_dir() or (any(target.iterdir()) and not (target / mark).is_file()):
+            raise CheckpointError(f"{target} exists and holds something else (no {mark}); choose another place")
+        old = target.parent / f"{TEMP_PREFIX}old-{target.name}-{secrets.token_hex(4)}"
+        os.rename(target, old)
+    try:
+        os.rename(temp, target)
+    except OSError:
+        if old is not None:
+            os.rename(old, target)
+        raise
+    sync_folder(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _write_folder(folder: Path, paths: list[tuple[str, Block]], kind: str, backend: str) -> None:
+    make_folder(folder / "blocks")
+    keys: dict[int, str] = {}
+    blocks: dict[str, Any] = {}
+    for path, block in unique(paths).items():
+        state = block.own_state_dict()
+        if state:
+            key = _block_key(path, block, blocks)
+            blocks[key] = _write_block(folder, key, path, block, state, backend)
+            keys[id(block)] = key
+    index = {
+        "format": FORMAT,
+        "schema_version": VERSION,
+        "kind": kind,
+        "backend": backend,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "paths": {path: keys[id(block)] for path, block in paths if id(block) in keys},
+        "blocks": blocks,
+    }
+    write_file(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode("utf-8"))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _block_key(path: str, block: Block, taken: Iterable[str]) -> str:
+    """A file name for a block: its model reference (else path) made safe, and a short hash of the whole identity."""
+    reference = block.model_ref()
+    for shown, identity in ((reference[2], reference) if reference else (path, (path,)), (path, (path, "by path"))):
+        clean = re.sub(r"[^A-Za-z0-9_.-]+", "_", shown)[-60:].strip("._-") or "block"
+        key = f"{clean}-{hashlib.sha256(chr(31).join(identity).encode()).hexdigest()[:10]}"
+        if key not in taken:
+            return key
+    raise CheckpointError(f"two blocks at path {path!r}")  # paths are unique, so this is a programming error
+
+
+def _write_block(
+    folder: Path, key: str, path: str, block: Block, state: Mapping[str, Any], backend: str
+) -> dict[str, Any]:
+    tensors, aliases, values = _split(path, state)
+    reference = block.model_ref()
+    entry: dict[str, Any] = {"block_type": block.block_type, "class": type(block).__name__}
+    if reference is not None:
+        entry["base_ref"] = list(reference)
+        entry["changed"] = block.weights_changed()
+    if tensors:
+        file = folder / "blocks" / f"{key}{get_backend(backend).suffix}"
+        try:
+            get_backend(backend).write(file, tensors)
+        except Exception as error:
+            raise CheckpointError(f"{path}: the {backend} backend cannot write its tensors: {error}") from error
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        entry["tensors"] = {"file": f"blocks/{file.name}", "sha256": file_hash(file), "aliases": aliases}
+    if values:
+        file = folder / "blocks" / f"{key}.json"
+        write_file(file, json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+        entry["values"] = {"file": f"blocks/{file.name}", "sha256": file_hash(file)}
+    return entry
+
+
+def _split(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """Tensors that share no memory and lie contiguous, names of equal ones, and the JSON values."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    same: dict[tuple[Any, ...], str] = {}
+    stores: set[int] = set()
+    for key, value in state.items():
+        if not is_tensor(value):
+            try:
+                values[key] = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: its state {key!r} is {kind_of(value)}, neither tensor nor JSON: {error}"
+                ) from None
+            if values[key] != value and not isinstance(value, tuple):
+                raise CheckpointError(
+                    f"{path}: its state {key!r} does not come back equal from JSON (keys must be texts)"
+                )
+            continue
+        tensor = cast("Tensor", value).detach()
+        if tensor.is_meta or tensor.is_sparse:
+            raise CheckpointError(f"{path}: its tensor {key!r} has no dense data; load or densify it first")
+        if tensor.numel():
+            identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
+            if identity in same:
+                aliases[key] = same[identity]
+                continue
+            same[identity] = key
+        whole = tensor.cpu().contiguous()
+        store = whole.untyped_storage()
+        if store.data_ptr() in stores or store.nbytes() != whole.numel() * whole.element_size():
+            whole = whole.clone()
+        stores.add(whole.untyped_storage().data_ptr())
+        tensors[key] = whole
+    return tensors, aliases, values
+
+
+def file_hash(path: Path) -> str:
+    """Sha256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Store:
+    """An opened checkpoint: reads the state of one block key at a time, checked."""
+
+    folder: Path
+    source: Path
+    index: dict[str, Any]
+    verify: bool
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return self.index["paths"]
+
+    def state(self, key: str) -> dict[str, Any]:
+        if key not in self._read:
+            entry = self.index["blocks"].get(key)
+            if not isinstance(entry, dict):
+                raise CheckpointError(f"{self.source}: its index names block {key!r} but does not hold it")
+            self._read[key] = self._state(cast("dict[str, Any]", entry))
+        return self._read[key]
+
+    def _state(self, entry: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if "values" in entry:
+            state.update(_json(self._file(entry["values"])))
+        if "tensors" in entry:
+            tensors = read_tensors(self._file(entry["tensors"]), self.index["backend"])
+            state.update(tensors)
+            for alias, name in entry["tensors"].get("aliases", {}).items():
+                if name not in tensors:
+                    raise CheckpointError(f"{self.source}: {alias!r} stands for {name!r}, which is not there")
+                state[alias] = tensors[name]
+        return state
+
+    def _file(self, entry: dict[str, Any]) -> Path:
+        try:
+            path = safe_path(self.folder, *str(entry["file"]).split("/"))
+        except ConfigError as error:
+            raise CheckpointError(f"{self.source}: {error}") from error
+        if not path.is_file():
+            raise CheckpointError(f"{self.source}: its file {entry['file']!r} is missing; the checkpoint is not whole")
+        if self.verify and file_hash(path) != entry["sha256"]:
+            raise CheckpointError(
+                f"{self.source}: {entry['file']!r} does not match its hash; it was changed or cut off"
+            )
+        return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no mapping")
+    return cast("dict[str, Any]", found)
+
+
+@contextmanager
+def open_folder(source: Path, mark: str) -> Generator[Path]:
+    """The folder that `source` is, or an unpacked copy of the archive that it is.
+
+    Raises: FileNotFoundError, CheckpointError for anything without a file `mark`.
+    """
+    if not source.exists():
+        left = (
+            sorted(p.name for p in source.parent.glob(f"{TEMP_PREFIX}old-{source.name}-*"))
+            if source.parent.is_dir()
+            else []
+        )
+        hint = f"; an interrupted save left the former one in {left[0]!r} beside it: rename that" if left else ""
+        raise FileNotFoundError(f"no checkpoint at {source}{hint}")
+    if source.is_dir():
+        if not (source / mark).is_file():
+            raise CheckpointError(f"{source} is no checkpoint: it has no {mark}")
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="wg-checkpoint-") as temp:
+        unpack(source, Path(temp))
+        if not (Path(temp) / mark).is_file():
+            raise CheckpointError(f"{source} is no checkpoint: it has no {mark}")
+        yield Path(temp)
+
+
+@contextmanager
+def _opened(source: Path | str, verify: bool) -> Generator[_Store]:
+    place = Path(source)
+    with open_folder(place, INDEX) as folder:
+        index = _json(folder / INDEX)
+        if index.get("format") != FORMAT:
+            raise CheckpointError(f"{place} is no checkpoint of this engine (format {index.get('format')!r})")
+        major = str(index.get("schema_version")).partition(".")[0]
+        if major != VERSION.partition(".")[0]:
+            raise CheckpointError(
+                f"{place} has checkpoint version {index.get('schema_version')}, this engine reads {VERSION}"
+            )
+        if not isinstance(index.get("paths"), dict) or not isinstance(index.get("blocks"), dict):
+            raise CheckpointError(f"{place}: its index has no paths or no blocks")
+        get_backend(str(index.get("backend")))
+        yield _Store(folder, place, index, verify)
+
+
+def read_state(source: Path) -> dict[str, Any]:
+    """The state dict in a plain file of tensors, or in the checkpoint of one block.
+
+    Raises: FileNotFoundError, CheckpointError.
+    """
+    if source.is_file() and source.suffix not in (".zip", ".wgz"):
+        return dict(read_tensors(source))
+    with _opened(source, True) as store:
+        state: dict[str, Any] = {}
+        for path, key in store.paths.items():
+            if path != ROOT and not path.startswith(f"{ROOT}."):
+                raise CheckpointError(f"{source} is the checkpoint of a {store.index.get('kind')}, not of one block")
+            prefix = path.removeprefix(ROOT).removeprefix(".")
+            state.update({f"{prefix}.{k}" if prefix else k: v for k, v in store.state(key).items()})
+        return state
+
+
+def load_checkpoint(
+    paths: Paths,
+    source: Path | str,
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    verify: bool = True,
+) -> LoadReport:
+    """Load a checkpoint into the blocks at `paths`; the format is seen from `source`, and nothing changes if it raises.
+
+    `rename` maps paths in the checkpoint to paths here, with all below them. With `verify` file hashes are compared.
+
+    Raises: FileNotFoundError; CheckpointError for what is unreadable, and (with `strict`) for blocks that only one side
+    has; StateDictError for a wrong shape or kind, and (with `strict`) for missing or unexpected keys.
+    """
+    here = list(paths)
+    with _opened(source, verify) as store, _weightless(here, strict):
+        stored = _renamed(store, rename or {})
+        missing, unexpected = _compare_owners(here, stored, store, strict)
+        wrong: list[str] = []
+        ready: list[tuple[Block, dict[str, Any]]] = []
+        for path, block in unique(here).items():
+            key = next((stored[p] for p, b in here if b is block and p in stored), None)
+            if key is None:
+                continue
+            given, own = store.state(key), block.own_state_dict()
+            missing += [f"{path}:{k}" for k in own if k not in given]
+            unexpected += [f"{path}:{k}" for k in given if k not in own]
+            wrong += [
+                f"{path}:{k} is {kind_of(given[k])}, not {kind_of(own[k])}"
+                for k in own
+                if k in given and _unlike(own[k], given[k])
+            ]
+            ready.append((block, {k: given.get(k, v) for k, v in own.items()}))
+        if wrong or (strict and (missing or unexpected)):
+            raise StateDictError(
+                f"{source} does not fit, nothing was loaded: missing {missing}, "
+                f"unexpected {unexpected}, wrong shape or kind {wrong}"
+            )
+        _apply(ready)
+    return LoadReport(tuple(missing), tuple(unexpected))
+
+
+@contextmanager
+def _weightless(paths: Paths, strict: bool) -> Generator[None]:
+    """Build modules that are not there yet, without reading the references that a strict load replaces anyway."""
+    built: list[ModuleBlock] = []
+    try:
+        lazy = [b for b in unique(paths).values() if isinstance(b, ModuleBlock) and not b.materialized]
+        for block in sorted(lazy, key=lambda b: b.leans_on is not None):
+            built.append(block)
+            block.build(read_reference=not strict)
+        yield
+    except BaseException:
+        for block in built:
+            block.unload()
+        raise
+
+
+def _renamed(store: _Store, rename: Mapping[str, str]) -> dict[str, str]:
+    stored: dict[str, str] = {}
+    used: set[str] = set()
+    for path, key in store.paths.items():
+        for old, new in rename.items():
+            if path == old or path.startswith((f"{old}/", f"{old}.")):
+                path = new + path[len(old) :]
+                used.add(old)
+                break
+        stored[path] = key
+    unused = sorted(set(rename) - used)
+    if unused:
+        raise CheckpointError(
+            f"{store.source}: rename names {unused[0]!r}, which it does not hold; it has {sorted(store.paths)}"
+        )
+    return stored
+
+
+def _compare_owners(
+    here: list[tuple[str, Block]], stored: Mapping[str, str], store: _Store, strict: bool
+) -> tuple[list[str], list[str]]:
+    known = {p for p, _ in here}
+    unexpected = [p for p in stored if p not in known]
+    missing: list[str] = []
+    for path, block in unique(here).items():
+        keys = {stored[p] for p, b in here if b is block and p in stored}
+        if len(keys) > 1:
+            shared = [p for p, b in here if b is block]
+            raise CheckpointError(
+                f"{store.source}: {shared} are one block here but {len(keys)} there; nothing was loaded"
+            )
+        if not keys and block.own_state_dict():
+            missing.append(path)
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"{store.source} (of a {store.index.get('kind')}) does not fit: it lacks the blocks {missing} "
+            f"and has unknown {unexpected}; nothing was loaded. Pass rename={{old: new}}, or strict=False"
+        )
+    return missing, unexpected
+
+
+def _unlike(own: Any, given: Any) -> bool:
+    if is_tensor(own) != is_tensor(given):
+        return True
+    if not is_tensor(own):
+        return False
+    return own.shape != given.shape or (own.is_floating_point() or own.is_complex()) != (
+        given.is_floating_point() or given.is_complex()
+    )
+
+
+def _apply(ready: list[tuple[Block, dict[str, Any]]]) -> None:
+    """Take the states over; a block that refuses a JSON value leaves all as before.
+
+    Tensors were compared and cannot fail any more, so blocks with other values go first and are kept to go back to.
+    """
+    ready.sort(key=lambda pair: all(is_tensor(v) for v in pair[1].values()))
+    kept: list[tuple[Block, dict[str, Any]]] = []
+    try:
+        for block, state in ready:
+            if not all(is_tensor(v) for v in state.values()):
+                kept.append((block, _copied(block.own_state_dict())))
+            block.load_own_state_dict(state)
+    except BaseException:
+        for block, state in kept:
+            block.load_own_state_dict(state)
+        raise
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if is_tensor(v) else json.loads(json.dumps(v)) for k, v in state.items()}
+
+
+# ---- the doors of a block --------------------------------------------------------------------------------------------
+
+
+class BlockCheckpoints:
+    """Saves and loads one block with its sub-blocks."""
+
+    def save(self, block: Block, path: Path | str, *, format: str, backend: str) -> Path:
+        return save_checkpoint(sub_paths(ROOT, block), path, kind="block", format=format, backend=backend)
+
+    def load(
+        self, block: Block, path: Path | str, *, strict: bool, rename: Mapping[str, str] | None, verify: bool
+    ) -> LoadReport:
+        return load_checkpoint(sub_paths(ROOT, block), path, strict=strict, rename=rename, verify=verify)
+
+
+Block.checkpoints = BlockCheckpoints()

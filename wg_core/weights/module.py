@@ -1,0 +1,275 @@
+"""ModuleBlock: a block that owns torch modules, and the use of a block with its weights held still."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from wg_core.errors import CheckpointError, MissingModelError, StateDictError
+from wg_core.execution.block import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class ModuleBlock(Block):
+    """Base of blocks with torch weights: implement `build_modules` and `forward`, which finds them in `self.modules`.
+
+    Modules are built at first use, with random numbers that follow `init_seed` and touch no global generator. A
+    `checkpoint_ref` in the config (a weight file, or a checkpoint of such a block) is read then; building, inspecting
+    and dry runs need no file. Modules are owned by composition: the block is no `nn.Module` itself.
+    """
+
+    init_seed: int = 0
+
+    leans_on: ModuleBlock | None = None  # the block that must be built before this one: what a weight adapter adapts
+    adapters: list[Any]  # weight adapters on this block; told by `hook()` when it has built its modules
+
+    _lock: threading.RLock
+    _built: dict[str, nn.Module] | None = None
+    _frozen: dict[str, bool]
+    _place: tuple[Any, Any] = (None, None)
+    _stamp: tuple[int, ...] = ()
+    _hash: tuple[tuple[int, ...], str] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        block = super().__new__(cls, *args, **kwargs)
+        block._lock = threading.RLock()
+        block._frozen = {}
+        block.adapters = []
+        return block
+
+    # ---- building --------------------------------------------------------------------------------------------------
+
+    def build_modules(self) -> Mapping[str, nn.Module]:
+        """Make this block's modules by name, with fresh weights; called once, in a forked random state."""
+        raise NotImplementedError(f"{type(self).__name__}.build_modules")
+
+    def read_reference(self, reference: str) -> Mapping[str, Any]:
+        """The state that a `checkpoint_ref` names. Raises: FileNotFoundError, CheckpointError."""
+        from wg_core.weights.checkpoint import read_state
+
+        return read_state(Path(reference))
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules by name, built if need be."""
+        if self._built is None:
+            self.materialize()
+        return cast("dict[str, nn.Module]", self._built)
+
+    @property
+    def materialized(self) -> bool:
+        return self._built is not None
+
+    def materialize(self) -> None:
+        """Build the modules and read the weights that `checkpoint_ref` names.
+
+        Raises: MissingModelError, CheckpointError, StateDictError; the block is then as before.
+        """
+        with self._lock:
+            if self._built is None:
+                self.build()
+        super().materialize()
+
+    def build(self, *, read_reference: bool = True) -> None:
+        """Build the modules; without `read_reference` weights stay fresh, for a load that replaces them all."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.init_seed)
+            built = dict(self.build_modules())
+        reference = self.config.get("checkpoint_ref") if read_reference else None
+        self._built = built
+        try:
+            if reference is not None:
+                self._read(str(reference))
+            if self._place != (None, None):
+                self._move(*self._place)
+            self.mode_changed()
+            self._stamp = self._versions()
+            for adapter in self.adapters:
+                adapter.hook()
+        except BaseException:
+            self._built = None
+            raise
+
+    def _read(self, reference: str) -> None:
+        try:
+            self.load_state_dict(self.read_reference(reference))
+        except MissingModelError:
+            raise
+        except FileNotFoundError:
+            raise MissingModelError(
+                f"block {self.name!r}: checkpoint_ref {reference!r} is not there (looked in {os.getcwd()}); "
+                "put the weight file at that path, or leave checkpoint_ref out to start from fresh weights"
+            ) from None
+        except StateDictError as error:
+            raise CheckpointError(f"checkpoint_ref {reference!r} does not fit block {self.name!r}: {error}") from error
+
+    def unload(self) -> None:
+        """Forget modules and weights; the next use builds them again."""
+        with self._lock:
+            self._built = None
+            self._frozen = {}
+
+    def close(self) -> None:
+        self.unload()
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def own_state_dict(self) -> dict[str, Any]:
+        return {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+
+    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, module in self.modules.items():
+            prefix = f"{name}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for module in (self._built or {}).values():
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(tensor._version for tensor in self._tensors())
+
+    def weights_changed(self) -> bool:
+        """Whether the weights were written since they were built: trained, loaded over, or marked so.
+
+        Torch counts writes itself; only writes through `.data` escape it (bump `model_revision` after those).
+        """
+        return super().weights_changed() or (self._built is not None and self._versions() != self._stamp)
+
+    def weight_hash(self) -> str | None:
+        """Sha256 of names, kinds and bytes of all own tensors; None while they are not loaded."""
+        if self._built is None:
+            return None
+        versions = self._versions()
+        if self._hash is None or self._hash[0] != versions:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.own_state_dict().items()):
+                import torch
+
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+            self._hash = (versions, digest.hexdigest())
+        return self._hash[1]
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self.modules.items():
+            for key, parameter in module.named_parameters():
+                yield f"{name}.{key}", parameter
+        yield from super().named_parameters()
+
+    def mode_changed(self) -> None:
+        for name, module in (self._built or {}).items():
+            module.train(self.training)
+            if self.training and self._frozen:
+                self._rest(name, module)
+
+    def _rest(self, path: str, module: nn.Module) -> None:
+        """Put what is wholly frozen into evaluation mode, so that dropout and running statistics rest too."""
+        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        if names and all(name in self._frozen for name in names):
+            module.eval()
+            return
+        for name, child in module.named_children():
+            self._rest(f"{path}.{name}", child)
+
+    def hold_parameters(self, prefix: str, globs: Sequence[str] | None, frozen: bool) -> int:
+        hits = 0
+        for name, module in self.modules.items():
+            for key, parameter in module.named_parameters():
+                own = f"{name}.{key}"
+                if globs is not None and not any(fnmatchcase(prefix + own, g) for g in globs):
+                    continue
+                hits += 1
+                if frozen and own not in self._frozen:
+                    self._frozen[own] = parameter.requires_grad
+                    parameter.requires_grad_(False)
+                elif not frozen and own in self._frozen:
+                    parameter.requires_grad_(self._frozen.pop(own))
+        self.mode_changed()
+        return hits + super().hold_parameters(prefix, globs, frozen)
+
+    # ---- place and adapters ------------------------------------------------------------------------------------------
+
+    def to(self, device: Any = None, dtype: Any = None) -> Self:
+        """Move the weights, now or when they are built; `dtype` (a torch dtype or its name) is for float weights."""
+        with self._lock:
+            old_device, old_dtype = self._place
+            self._place = (device if device is not None else old_device, dtype if dtype is not None else old_dtype)
+            if self._built is not None:
+                before = self.weights_changed()
+                self._move(device, dtype)
+                if not before:
+                    self._stamp = self._versions()
+        super().to(device, dtype)
+        return self
+
+    def _move(self, device: Any, dtype: Any) -> None:
+        import torch
+
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for module in (self._built or {}).values():
+            module.to(device=device, dtype=kind)
+
+    def adapter_slots(self) -> list[str]:
+        """Names of all linear, convolution and embedding layers."""
+        return sorted(self.slot_modules())
+
+    def slot_modules(self) -> dict[str, nn.Module]:
+        """The layers that accept weight adapters, by slot name."""
+        from torch import nn
+
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+        return {
+            f"{name}.{path}" if path else name: layer
+            for name, module in self.modules.items()
+            for path, layer in cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
+            if isinstance(layer, kinds)
+        }
+
+
+def frozen_forward(block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`block.forward` with all weights below it held still: gradients reach the inputs, and no parameter.
+
+    For the use of a block that learns elsewhere (a shared block): its modules are in evaluation mode and see detached
+    parameters for the time of this call. Weight adapters attached to it are not its own and go on learning.
+    """
+    loaded = sys.modules.get("torch")
+    if loaded is not None and not loaded.is_grad_enabled():
+        return block.forward(inputs)
+    import torch
+
+    owners = [b for b in block.iter_blocks() if isinstance(b, ModuleBlock)]
+    holder = torch.nn.Module()
+    for i, owner in enumerate(owners):
+        for name, module in owner.modules.items():
+            holder.add_module(f"{i}_{name}", module)
+    training = [owner for owner in owners if owner.training]
+    holder.forward = block.forward
+    still = {name: parameter.detach() for name, parameter in holder.named_parameters()}
+    for owner in training:
+        owner.training = False
+        owner.mode_changed()
+    try:
+        return torch.func.functional_call(holder, still, (inputs,))
+    finally:
+        for owner in training:
+            owner.training = True
+            owner.mode_changed()
