@@ -7,6 +7,10 @@ from typing import Any
 BLOCKS = {
     "llm/hf": "wg_blocks.llm_local:CausalLM",
     "llm/fake": "wg_blocks.llm_fake:FakeLLM",
+    "llm/api": "wg_blocks.api.llm:ApiLLM",
+    "vlm/api": "wg_blocks.api.vlm:ApiVLM",
+    "embedding/api": "wg_blocks.api.embedding:ApiEmbedding",
+    "generator/api": "wg_blocks.api.image:ApiImage",
     "text/template": "wg_blocks.text:Template",
     "world/context": "wg_blocks.text:Context",
     "image/terrain": "wg_blocks.terrain:TerrainDiffusion",
@@ -15,6 +19,7 @@ BLOCKS = {
     "map/measure": "wg_blocks.maps:MeasureMap",
     "describe/items": "wg_blocks.describe:DescribeItems",
     "graph/ref": "wg_blocks.graph_ref:GraphRef",
+    "pipeline/ref": "wg_blocks.graph_ref:PipelineRef",
     "maker/dispatch": "wg_blocks.maker:Dispatch",
     "backbone/toy": "wg_blocks.toy:ToyBackbone",
     "codec/toy": "wg_blocks.toy:ToyCodec",
@@ -27,6 +32,11 @@ BLOCKS = {
     "guidance/cfg": "wg_blocks.sampling:ClassifierFree",
     "adapter/lora": "wg_blocks.lora:LoRA",
     "agent/scripted": "wg_blocks.agent_scripted:ScriptedAgent",
+    "agent/llm": "wg_blocks.agent_llm:LLMAgent",
+    "tool/search_content": "wg_blocks.world_tools:SearchContent",
+    "tool/read_entity": "wg_blocks.world_tools:ReadEntity",
+    "tool/read_chronicle": "wg_blocks.world_tools:ReadChronicle",
+    "tool/quote_end_world": "wg_blocks.world_tools:QuoteEndWorld",
     "tool/echo": "wg_blocks.tools:Echo",
     "tool/calc": "wg_blocks.tools:Calculator",
     "backbone/identity": "wg_blocks.stubs:IdentityBackbone",
@@ -45,6 +55,10 @@ BLOCKS = {
 
 
 def register(registry: Any) -> None:
-    """Register all block types of this package; each class is imported at its first use."""
+    """Register all block types and transports of this package; each class is imported at its first use."""
     for block_type, factory in BLOCKS.items():
         registry.register(block_type, factory)
+        behind_api = BLOCKS.get(f"{block_type.split('/')[0]}/api")
+        if behind_api is not None:
+            registry.register(block_type, behind_api, backend="api")
+    registry.register_transport("http", "wg_blocks.remote:HttpTransport")

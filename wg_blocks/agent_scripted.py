@@ -35,12 +35,7 @@ class ScriptedAgent(Agent):
         self.script = [_step(i, step) for i, step in enumerate(script)]
         self.memory = memory
         self.tools = list(tools) if tools is not None else None
-        self.bound: list[Any] = []
         self.reset_session()
-
-    def bind_tools(self, tools: Sequence[Any]) -> None:
-        """Take the tools that may be called, before the first step."""
-        self.bound = list(tools)
 
     def reset_session(self) -> None:
         """Forget all messages and begin the script again."""

@@ -57,9 +57,7 @@ class FakeLLM(Block):
 
     def __init__(self, *, script: Sequence[Any] | None = None) -> None:
         super().__init__()
-        self.script = list(script or ())
-        self._given = 0
-        self._lock = threading.Lock()
+        self._writer = Writer(script)
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
         settings = Settings.of(inputs.get("params"))
@@ -104,23 +102,34 @@ class FakeLLM(Block):
         return _words(text), "words"
 
     def _answer(self, rng: random.Random, schema: Any, settings: Settings) -> str:
-        if self.script:
-            with self._lock:
-                answer = self.script[self._given % len(self.script)]
-                self._given += 1
-            text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-            if schema is None:
-                return text
+        text = self._writer.write(rng, schema, settings.max_new_tokens)
+        if self._writer.script and schema is not None:
             try:
                 value = json.loads(text)
             except ValueError as error:
                 raise OutputContractError(f"llm/fake: a scripted answer is no JSON: {text[:200]}") from error
             if wrong := problems(schema, value):
                 raise OutputContractError(f"llm/fake: a scripted answer breaks the schema: {'; '.join(wrong)}")
-            return text
+        return text
+
+
+class Writer:
+    """Answers without a model: those of a script in turn, else made up by `rng`, valid where there is a schema."""
+
+    def __init__(self, script: Sequence[Any] | None = None) -> None:
+        self.script = list(script or ())
+        self._given = 0
+        self._lock = threading.Lock()
+
+    def write(self, rng: random.Random, schema: Any, max_words: int) -> str:
+        if self.script:
+            with self._lock:
+                answer = self.script[self._given % len(self.script)]
+                self._given += 1
+            return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
         if schema is None:
             words = " ".join(sentence(rng) for _ in range(rng.randint(2, 4))).split()
-            return " ".join(words[: settings.max_new_tokens])
+            return " ".join(words[:max_words])
         return json.dumps(invent(schema, rng), ensure_ascii=False)
 
 

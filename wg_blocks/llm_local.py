@@ -23,6 +23,7 @@ from wg_blocks.prompt import (
     conversations,
     pack,
     tally,
+    whole_sentences,
     with_context,
 )
 from wg_blocks.store import ModelStore
@@ -34,8 +35,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 PENALTY_WINDOW = 256
 EMIT_EVERY = 8
 COPY_COST = 100.0  # below any other token, yet possible where a schema leaves no choice
-
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\u201d\u2019]*(?=\s|$)")
 
 
 def load(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
@@ -328,8 +327,7 @@ class CausalLM(Block):
         if schema is None:
             answer.text = answer.text.strip()
             if settings.whole_sentences and not answer.ended:
-                last = max((m.end() for m in _SENTENCE_END.finditer(answer.text)), default=len(answer.text))
-                answer.text = answer.text[:last]
+                answer.text = whole_sentences(answer.text)
         return answer
 
     def _end_ids(self) -> set[int]:

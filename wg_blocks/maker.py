@@ -114,9 +114,9 @@ class Dispatch(Block):
     def request_schema(self, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
         """The JSON schema by which a language model writes requests: {"requests": [{id, slot, maker, params}]}.
 
-        It asks for every param, also for those that a request may leave out, and for no seed. A param whose port has a
-        tag in `names` (such as `place`) is restricted to the names given there. Whatever obeys it, with ids that
-        differ, is a request that this block carries out.
+        It asks for every param, also for those that a request may leave out (but artifacts), and for no seed. A param
+        whose port has a tag in `names` (such as `place`) is restricted to the names given there. Whatever obeys it,
+        with ids that differ, is a request that this block carries out.
         """
         ids = [f"r{n + 1}" for n in range(self.max_requests)]
         forms: list[dict[str, Any]] = []
@@ -147,6 +147,8 @@ class Dispatch(Block):
     def _asked(self, maker: str, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         properties = dict(self._schemas[maker]["properties"])
         for port in self._makers[maker].input_ports:
+            if port.optional and {"image", "ref"} & set(port.types) and not names.get(port.tag or ""):
+                properties.pop(port.name, None)  # a model does not know the ids of artifacts
             if port.name in properties and names.get(port.tag or ""):
                 properties[port.name] = {"type": "string", "enum": list(names[port.tag or ""])}
         return {"properties": properties, "required": list(properties)}

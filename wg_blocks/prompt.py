@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -150,6 +151,14 @@ def tally(total: Mapping[str, int] | None = None, more: Mapping[str, int] | None
     for name, number in (more or {}).items():
         counted[name] = number if name.startswith("context_") else counted[name] + number
     return counted
+
+
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\u201d\u2019]*(?=\s|$)")
+
+
+def whole_sentences(text: str) -> str:
+    """The text to the end of its last sentence; as it is where none ends."""
+    return text[: max((m.end() for m in _SENTENCE_END.finditer(text)), default=len(text))]
 
 
 def _is_message(value: Any) -> bool:

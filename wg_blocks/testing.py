@@ -171,7 +171,7 @@ def _check_same_ports(block: Block, rebuilt: Block) -> None:
 def _check_runs(rebuild: Callable[[], Block], given: Mapping[str, Any]) -> None:
     alone = rebuild()
     before, handed = _copied(given), dict(given)
-    outputs = alone.run(handed, strict_types=True)
+    alone.run(handed, strict_types=True)
     for name, value in given.items():
         _need(same(value, before[name]), alone, f"it changed its input {name!r}; work on a copy")
     ports = (alone.input_ports, alone.output_ports)
@@ -185,7 +185,6 @@ def _check_runs(rebuild: Callable[[], Block], given: Mapping[str, Any]) -> None:
             alone,
             f"equal inputs and seeds gave another {name!r}; draw random numbers from current_context().node_seed()",
         )
-    _need(outputs is not given, alone, "it returned the dict of its inputs")
 
 
 def _check_missing(rebuild: Callable[[], Block], given: Mapping[str, Any]) -> None:

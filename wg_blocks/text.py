@@ -52,6 +52,7 @@ class Template(Block):
         )
         super().__init__()
         self.each = each
+        self._template = template
         self._lines = [(line, _NAME.findall(line)) for line in template.splitlines(keepends=True)]
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +64,11 @@ class Template(Block):
         if isinstance(elements, str) or not isinstance(elements, Sequence):
             raise PortValueError(f"text/template: {self.each!r} takes a list, one text is made for each element")
         return {"text": [self._fill({**fixed, self.each: render(element)}) for element in elements]}
+
+    @property
+    def fixed_text(self) -> str:
+        """The template without what is filled in."""
+        return _NAME.sub("", self._template)
 
     def _fill(self, values: Mapping[str, str]) -> str:
         kept = [line for line, names in self._lines if not names or any(n in values for n in names)]

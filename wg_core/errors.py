@@ -122,6 +122,22 @@ class NodeExecutionError(WGError, RuntimeError):
     """A block failed; names path, iteration and input kinds, with the original error as `__cause__`."""
 
 
+class RemoteError(NodeExecutionError):
+    """What runs behind an endpoint failed or cannot be reached; names node, host and the way out.
+
+    `code` is the server's word for it (or `unreachable`, `timeout`, `too_large`), `status` the HTTP status if any.
+    """
+
+    def __init__(self, message: str, *, code: str = "unreachable", status: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+class AgentStepLimitError(NodeExecutionError):
+    """An agent still wanted tools when its steps were used up."""
+
+
 class AbortRun(WGError):
     """Raised by a hook, or by cancelling, to stop a run cleanly."""
 
@@ -148,6 +164,10 @@ class ReplayError(WGError, LookupError):
 
 class EndWorldError(WGError, TypeError):
     """An End World is read, linked and quoted; it was asked to run or to change."""
+
+
+class LinkError(WGError, LookupError):
+    """A link was followed and its target cannot be found."""
 
 
 class MissingExtraError(WGError, ImportError):

@@ -9,13 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from wg_core.errors import ConfigError, MissingExtraError, MissingModelError, NodeExecutionError, WGError, did_you_mean
+from wg_core.errors import (
+    ConfigError,
+    CorruptSnapshotError,
+    MissingExtraError,
+    MissingModelError,
+    NodeExecutionError,
+    TemplateParameterError,
+    UnknownTemplateError,
+    WGError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from wg_core import World
@@ -45,7 +55,8 @@ def _exit_code(error: BaseException) -> int:
         return FAILED
     from wg_core.errors import ValidationError
 
-    usage = (ConfigError, ValidationError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    asked = (ConfigError, ValidationError, TemplateParameterError, UnknownTemplateError)
+    usage = (*asked, FileNotFoundError, NotADirectoryError, IsADirectoryError)
     return USAGE if isinstance(error, usage) else FAILED
 
 
@@ -124,8 +135,10 @@ def validate(file: Annotated[Path, typer.Argument(help="A file of any level.")],
     warnings: list[str] = []
     if kind == "world":
         level.dry_run()
-    elif kind != "end_world":
+    if kind != "end_world":
         warnings = [str(w) for w in level.validate(deep=True).warnings]
+    elif problems := level.verify():
+        raise CorruptSnapshotError(f"{file} is not whole: {problems[0]}")
     if as_json:
         print_json({"valid": True, "kind": kind, "warnings": warnings})
     else:
@@ -137,30 +150,86 @@ def validate(file: Annotated[Path, typer.Argument(help="A file of any level.")],
 
 def levels() -> dict[str, Any]:
     from wg_core import EndWorld, Graph, Pipeline, Stage, World
+    from wg_core.levels.remote import Remote
 
-    return {level.kind: level for level in (Graph, Pipeline, Stage, World, EndWorld)}
+    return {level.kind: level for level in (Graph, Pipeline, Stage, Remote, World, EndWorld)}
 
 
 @app.command()
 @verb
-def plan(file: Annotated[Path, typer.Argument(help="A file of any level.")], *, as_json: Json = False) -> int:
-    """Show what a run would do, without doing it: order, loops, models."""
+def plan(
+    file: Annotated[Path, typer.Argument(help="A file of any level.")],
+    form: Annotated[
+        Literal["text", "mermaid", "dot"],
+        typer.Option("--format", help="Text, or a picture in Mermaid or Graphviz DOT."),
+    ] = "text",
+    *,
+    as_json: Json = False,
+) -> int:
+    """Show what a run would do, without doing it: order, loops, models, and the calls and tokens to expect."""
+    from wg_blocks.forecast import forecast, totals
     from wg_core.assembly.build import open_document
 
     kind, _ = open_document(file)
     if kind == "end_world":
         raise ConfigError(f"{file}: an end world is read, never run; there is nothing to plan")
     level = levels()[kind].from_yaml(file)
+    if form != "text":
+        picture = level.to_mermaid() if form == "mermaid" else level.to_dot()
+        if as_json:
+            print_json({"kind": kind, "format": form, "picture": picture})
+        else:
+            print(picture, end="")
+        return OK
     stages = level.stages if kind == "world" else {level.id: level}
     texts = {role: "\n".join(_plan_lines(stage)) for role, stage in stages.items()}
     models = ["/".join(block.model_ref()[:3]) for block in level.iter_blocks() if block.model_ref()]
+    due = level.due() if kind == "world" else {}
+    rows = [
+        {**row, "due": due.get(role, True)}
+        for role, stage in stages.items()
+        if hasattr(stage, "nodes")
+        for row in forecast(stage, role if kind == "world" else "")
+    ]
+    expected = {"full_step": totals(rows), "next_step": totals([row for row in rows if row["due"]])}
     if as_json:
-        print_json({"kind": kind, "plan": texts, "models": models})
+        steps = {role: stage.plan_data() for role, stage in stages.items()}
+        print_json(
+            {"kind": kind, "plan": texts, "steps": steps, "models": models, "forecast": {"nodes": rows, **expected}}
+        )
     else:
         for text in texts.values():
             out.print(text, markup=False)
         out.print(f"models: {', '.join(models) or 'none'}", markup=False)
+        if rows:
+            print_forecast(rows, expected, "a full step" if kind == "world" else "a run")
     return OK
+
+
+def print_forecast(rows: list[dict[str, Any]], expected: dict[str, dict[str, int]], what: str) -> None:
+    """What a step will ask of language models."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("asked of models", no_wrap=True)
+    for name in ("calls", "prompt", "context", "answer"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        calls = f"{row['calls']}{' per item' if row['per_item'] else ''}"
+        most = f" (at most {row['calls_at_most']})" if row["calls_at_most"] > row["calls"] else ""
+        numbers = [str(row[n]) for n in ("prompt_tokens", "context_tokens", "completion_tokens")]
+        table.add_row(row["path"], calls + most, *numbers)
+    out.print(table)
+    ways = " and ".join(sorted({row["counted_by"] for row in rows}))
+    out.print(
+        f"tokens of one call, counted by {ways}: prompt without what is filled in, room for context, bound of the answer"
+    )
+    shown = [(what, expected["full_step"])]
+    if expected["next_step"] != expected["full_step"]:
+        shown.append(("the next step", expected["next_step"]))
+    for name, total in shown:
+        out.print(
+            f"{name}: {total['calls']} calls, about {total['prompt_tokens']} tokens read and what is filled in, "
+            f"at most {total['completion_tokens']} written"
+        )
 
 
 def _plan_lines(level: Any, indent: str = "") -> Iterator[str]:
@@ -408,6 +477,199 @@ def verify(world: WorldName, *, as_json: Json = False) -> int:
 
 @app.command()
 @verb
+def new(
+    name: Annotated[str, typer.Argument(help="The world's id: letters, digits and '_'.")],
+    *,
+    template: Annotated[str, typer.Option(help="What it begins as.")] = "stub",
+    param: Annotated[list[str] | None, typer.Option(help="A parameter of the template, as name=value.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a new world file, worlds/NAME.yaml, from a template."""
+    from wg_defs.files import new_world, parameters
+
+    path = new_world(name, template, parameters(param or []))
+    if as_json:
+        print_json({"world": name, "file": str(path)})
+    else:
+        out.print(f"{path}: a world to edit and run; try: wg run {name}", markup=False)
+    return OK
+
+
+def must_have_step(text: str) -> tuple["World", "Snapshot", Path]:
+    """The world, step and file of WORLD[@STEP]; without a step the last one. Raises: ConfigError."""
+    name, step = at_step(text)
+    path = find(name)
+    opened = open_world(str(path))
+    snapshot = opened.store.head(opened.world_id) if step is None else opened.store.get(opened.world_id, step)
+    if snapshot is None:
+        raise ConfigError(f"{opened.world_id} has no snapshot yet; make one: wg run {name}")
+    return opened, snapshot, path
+
+
+Step = Annotated[str, typer.Argument(metavar="WORLD[@STEP]", help="A step of a world; the last one if none is named.")]
+
+
+@app.command()
+@verb
+def fork(
+    world: Step,
+    name: Annotated[str, typer.Argument(metavar="NEW", help="Id of the new world.")],
+    *,
+    as_json: Json = False,
+) -> int:
+    """Begin a new world with a step of another: history is never changed, it branches."""
+    from wg_defs.files import fork_file
+
+    opened, snapshot, path = must_have_step(world)
+    file = fork_file(path, opened, name)
+    try:
+        opened.store.fork(opened.world_id, snapshot.step, name)
+    except BaseException:
+        file.unlink()
+        raise
+    if as_json:
+        print_json({"world": name, "file": str(file), "origin": f"{opened.world_id}@{snapshot.step}"})
+    else:
+        out.print(f"{file}: goes on from {opened.world_id} step {snapshot.step}; try: wg run {name}", markup=False)
+    return OK
+
+
+@app.command()
+@verb
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A[@STEP]")],
+    b: Annotated[str, typer.Argument(metavar="B[@STEP]")],
+    *,
+    as_json: Json = False,
+) -> int:
+    """Show what differs between two steps, of one world or two, as a JSON Patch (RFC 6902) from A to B."""
+    (first, before, _), (second, after, _) = must_have_step(a), must_have_step(b)
+    patch = first.store.diff(before, after, other=second.store)
+    if as_json:
+        print_json(patch)
+        return OK
+    if not patch:
+        out.print("no difference")
+    for change in patch:
+        shown = f" <- {change['from']}" if "from" in change else ""
+        value = f" {json.dumps(change['value'], ensure_ascii=False)}" if "value" in change else ""
+        out.print(
+            f"{change['op']:8}{change['path']}{shown}{value if len(value) <= 160 else value[:157] + '...'}",
+            markup=False,
+        )
+    return OK
+
+
+@app.command()
+@verb
+def replay(world: Step, *, as_json: Json = False) -> int:
+    """Run a step again from its recorded model calls, asking no model, and compare the snapshots; nothing is kept."""
+    opened, snapshot, _ = must_have_step(world)
+    done = opened.replay(snapshot.step)
+    if as_json:
+        print_json(
+            {
+                "world": done.world_id, "step": done.step, "same": done.same, "recorded": done.recorded_id,
+                "replayed": done.replayed_id, "calls_replayed": done.calls, "calls_unused": done.unused_calls,
+                "differs": done.differs,
+            }
+        )  # fmt: skip
+    elif done.same:
+        out.print(
+            f"{done.world_id}@{done.step}: the same snapshot {done.recorded_id[:16]}, from {done.calls} recorded calls; "
+            "no model was asked",
+            markup=False,
+        )
+    else:
+        err.print(
+            f"{done.world_id}@{done.step}: another snapshot, {done.replayed_id[:16]} instead of {done.recorded_id[:16]}; "
+            f"what differs: {', '.join(done.differs) or 'the form of the snapshot'}",
+            style="bold red",
+            markup=False,
+        )
+    return OK if done.same else FAILED
+
+
+@app.command()
+@verb
+def freeze(
+    world: Step,
+    name: Annotated[str, typer.Argument(metavar="END_WORLD", help="Id of the end world.")],
+    *,
+    to: Annotated[Path | None, typer.Option("--out", help="Its folder; worlds/END_WORLD unless given.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a world's content as an end world: read, linked and quoted, never changed."""
+    opened, snapshot, _ = must_have_step(world)
+    folder = to or Path("worlds") / name
+    opened.freeze(name, folder, step=snapshot.step)
+    link = {"target_kind": "end_world", "target_id": name}
+    if as_json:
+        print_json({"end_world": name, "folder": str(folder), "link": link})
+    else:
+        out.print(f"{folder}: link a world to it in its content: links: [{json.dumps(link)}]", markup=False)
+    return OK
+
+
+@app.command()
+@verb
+def gc(
+    world: WorldName,
+    *,
+    max_snapshots: Annotated[
+        int | None, typer.Option(min=1, help="Keep only the last so many steps, and those that forks began from.")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Keep blobs younger than so many hours.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Remove blobs that no step of any world in the store needs; with --max-snapshots also old steps of this world."""
+    opened = open_world(world)
+    done = opened.gc(max_snapshots=max_snapshots, grace_s=grace * 3600, dry_run=dry_run)
+    if as_json:
+        shown = {"steps": done.steps, "blobs": done.blobs, "bytes": done.bytes, "kept_blobs": done.kept_blobs}
+        print_json({"world": opened.world_id, "dry_run": dry_run, "removed": shown})
+    else:
+        steps = f"{len(done.steps)} steps, " if done.steps else ""
+        out.print(f"{'would remove' if dry_run else 'removed'} {steps}{done.blobs} blobs ({done.bytes / 1e6:.1f} MB)")
+    return OK
+
+
+@app.command()
+@verb
+def export(
+    world: WorldName, file: Annotated[Path, typer.Argument(help="The zip file to write.")], *, as_json: Json = False
+) -> int:
+    """Write a world with its whole history to one archive."""
+    from wg_core.levels.transfer import export_world
+
+    opened = open_world(world)
+    path = export_world(opened, file)
+    if as_json:
+        print_json({"world": opened.world_id, "file": str(path), "bytes": path.stat().st_size})
+    else:
+        out.print(f"{path}: {opened.world_id}, {path.stat().st_size / 1e6:.1f} MB", markup=False)
+    return OK
+
+
+@app.command("import")
+@verb
+def import_(file: Annotated[Path, typer.Argument(help="What `wg export` wrote.")], *, as_json: Json = False) -> int:
+    """Take in a world with its history; every hash is checked before."""
+    from wg_core.levels.transfer import import_world
+    from wg_core.state.home import home
+    from wg_core.state.store import SnapshotStore
+
+    world_id, path = import_world(file, SnapshotStore(home() / "snapshots"), Path("worlds"))
+    if as_json:
+        print_json({"world": world_id, "file": str(path)})
+    else:
+        out.print(f"{path}: {world_id} is here; try: wg history {world_id}", markup=False)
+    return OK
+
+
+@app.command()
+@verb
 def dev(
     *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 3000,
@@ -489,6 +751,69 @@ def models_verify(
         if not problems:
             out.print("every hash holds")
     return FAILED if problems else OK
+
+
+# ---- endpoints -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@verb
+def serve(
+    file: Annotated[Path, typer.Argument(help="A file of a graph, pipeline or stage; of a world with --stage.")],
+    *,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8321,
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs a token.")] = "127.0.0.1",
+    token_env: Annotated[
+        str | None, typer.Option("--token-env", help="Environment variable with the bearer token that callers give.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Which stage of a world.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 4,
+    contract: Annotated[
+        bool, typer.Option("--contract", help="Print the contract that callers store, and serve nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Run a graph, pipeline or stage for others, over HTTP."""
+    import yaml
+
+    from wg_blocks.serve import Limits, served_contract
+    from wg_blocks.serve import serve as start
+    from wg_core.assembly.build import open_document
+    from wg_core.assembly.contract import contract_words
+    from wg_core.assembly.loader import Dumper
+    from wg_core.state.blobs import FileBlobs
+    from wg_core.state.home import home
+
+    kind, _ = open_document(file)
+    if kind == "end_world":
+        raise ConfigError(f"{file}: an end world is read, never run; there is nothing to serve")
+    if (kind == "world") != (stage is not None):
+        raise ConfigError(f"{file} is a {kind}; --stage ROLE names a stage of a world, and a world is served by stages")
+    level = levels()[kind].from_yaml(file)
+    if stage is not None:
+        if stage not in level.stages:
+            raise ConfigError(
+                f"world {level.world_id!r} has no stage {stage!r} to serve; {did_you_mean(stage, level.stages)}"
+            )
+        level = level.stages[stage]
+    if contract:
+        words = {"contract": contract_words(served_contract(level))}
+        if as_json:
+            print_json(words)
+        else:
+            print(yaml.dump(words, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120), end="")
+        return OK
+
+    def ready(url: str) -> None:
+        if as_json:
+            print(json.dumps({"url": url, "level": level.level, "id": level.id}), flush=True)
+        else:
+            out.print(f"{level.level} {level.id} at {url}", markup=False)
+
+    blobs = FileBlobs(home() / "served" / "blobs")
+    limits = Limits(concurrency=concurrency)
+    start(level, host=host, port=port, token_env=token_env, blobs=blobs, limits=limits, on_ready=ready)
+    return OK
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """One step of a world as a graph of assets: begin, the stages of the cycle, snapshot."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -139,7 +138,7 @@ def begin_step(world: "World", step: int, launch: Launch) -> "Flow | None":
 
 
 def _begin_again(world: "World", step: int, launch: Launch) -> "Flow":
-    from wg_core.levels.world import Flow, default_owner
+    from wg_core.levels.world import default_owner
 
     published = world.store.get(world.world_id, step)
     asked = {"action": launch.action, "seed": launch.seed, "initial_state": launch.initial_state}
@@ -149,23 +148,8 @@ def _begin_again(world: "World", step: int, launch: Launch) -> "Flow":
         raise already_published(world.world_id, step, f"as the fork of {published.origin.world}@{step}")
     if changed:
         raise already_published(world.world_id, step, f"with another {' and '.join(changed)}")
-    seed = world.initial_content.save(world.store.blobs)
     owner = default_owner()
-    return Flow(
-        world_id=world.world_id,
-        step=step,
-        parent=published.parent,
-        epoch=world.store.acquire(world.world_id, owner),
-        owner=owner,
-        given=published.given,
-        state=published.given,
-        content=world.store.get(world.world_id, step - 1).content if step else seed,
-        content_seed=seed,
-        action=published.action,
-        seed=published.seed,
-        config_hash=world.config_hash,
-        started=time.time(),
-    )
+    return world.beginning_of(published, owner=owner, epoch=world.store.acquire(world.world_id, owner))
 
 
 def already_published(world_id: str, step: int, why: str) -> dg.Failure:

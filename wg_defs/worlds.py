@@ -97,13 +97,14 @@ def read_world(path: Path) -> WorldFile | None:
     if world_id == BROKEN:
         raise document.error(("world_id",), f"{BROKEN!r} is where the page lists broken files; choose another id")
     execution, content = data.get("execution"), data.get("content")
+    cycle = execution.get("cycle") if isinstance(execution, Mapping) else None
     text = json.dumps(execution, sort_keys=True, ensure_ascii=False)
     return WorldFile(
         path=str(path.resolve()),
         world_id=world_id,
         title=str(data.get("title") or world_id),
         description=str(content.get("description") or "") if isinstance(content, Mapping) else "",
-        roles=ROLES,
+        roles=tuple(map(str, cycle)) if isinstance(cycle, list) else ROLES,
         code_version=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
 

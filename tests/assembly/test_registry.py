@@ -173,7 +173,9 @@ def test_wrong_forms_are_named(config: Any, says: str) -> None:
     "config",
     [
         {"api_key": "sk-1"}, {"apiKey": "sk-1"}, {"token": "x"}, {"hf_token": "x"}, {"password": "x"}, {"db": {"password": "x"}},
-        {"list": [{"client_secret": "x"}]}, {"credentials": "x"},
+        {"list": [{"client_secret": "x"}]}, {"credentials": "x"}, {"Authorization": "x"}, {"headers": {"x-api-key": "x"}},
+        {"header": "Bearer sk-1-0123456789abcdef"}, {"any": "sk-1-0123456789abcdefghij"}, {"list": ["sk-1-0123456789abcdefghij"]},
+        {"url": "https://me:sk-1@host/v1"}, {"url": "https://host/v1?api-key=sk-1"},
     ],
 )  # fmt: skip
 def test_literal_secrets_are_refused_without_being_shown(config: dict[str, Any]) -> None:
@@ -186,8 +188,12 @@ def test_literal_secrets_are_refused_without_being_shown(config: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    "config", [{"api_key_env": "OPENAI_API_KEY"}, {"max_tokens": 5}, {"tokenizer": "x"}, {"token": None}]
-)
+    "config",
+    [
+        {"api_key_env": "OPENAI_API_KEY"}, {"max_tokens": 5}, {"tokenizer": "x"}, {"token": None}, {"secret_door": "x"},
+        {"text": "The bearer of a long message: see https://host/a?page=2 and mail me@host"}, {"url": "https://host:80/v1"},
+    ],
+)  # fmt: skip
 def test_names_of_variables_and_innocent_keys_are_not(config: dict[str, Any]) -> None:
     """01 F-33."""
     assert canonical({"block_type": "t/a", "config": config})[2] == config

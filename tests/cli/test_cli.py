@@ -80,6 +80,17 @@ def test_dry_run_and_plan_write_nothing(project: Path) -> None:
     assert not (project / ".wg").exists()
 
 
+@pytest.mark.parametrize(("form", "begins"), [("mermaid", "flowchart LR"), ("dot", "digraph {")])
+def test_plan_draws_pictures(project: Path, form: str, begins: str) -> None:
+    """02 G-42."""
+    drawn = wg("plan", "worlds/isle.yaml", "--format", form)
+    assert drawn.exit_code == 0 and drawn.stdout.startswith(begins) and "dispatch: maker/dispatch" in drawn.stdout
+    assert document(wg("plan", "worlds/isle.yaml", "--format", form, "--json"))["picture"] == drawn.stdout
+    steps = document(wg("plan", "worlds/isle.yaml", "--json"))["steps"]
+    assert steps["creator"]["steps"][0]["node"] == "make"
+    assert wg("plan", "worlds/isle.yaml", "--format", "picture").exit_code == 2
+
+
 def test_validate_and_schema(project: Path) -> None:
     assert document(wg("validate", "worlds/isle.yaml", "--json"))["kind"] == "world"
     schema = json.loads(wg("schema", "graph").stdout)

@@ -44,6 +44,7 @@ GRAPH["exposed_outputs"] = [{"node_id": "net", "port_name": "pred", "name": "pre
 RELIEF = {"map": {"block": {"block_type": "image/relief", "config": {"size": 128}}, "slot": "images"}}
 REQUEST = {"id": "r1", "slot": "images", "maker": "map", "seed": 7}
 REQUEST["params"] = {"land_share": 0.4, "ruggedness": 0.5, "form": "island", "place": "Lys"}
+FAKE = {"provider": "fake", "model_id": "any"}
 CASES: dict[str, Case] = {
     "text/template": ({"template": "In {{ place }}:\n{{ news }}", "optional": ["news"]}, None),
     "world/context": ({}, lambda: {"world": WorldContent.from_seed({}).view(), "query": "the harbour"}),
@@ -53,6 +54,15 @@ CASES: dict[str, Case] = {
     "graph/ref": ({"graph": GRAPH}, None),
     "maker/dispatch": ({"makers": RELIEF}, lambda: {"requests": [dict(REQUEST)]}),
     "llm/fake": ({}, lambda: {"prompt": "Who keeps the lamp?", "system": "Be short."}),
+    "llm/api": (FAKE, lambda: {"prompt": "Who keeps the lamp?", "schema": {"type": "array", "items": {"type": "string"}}}),
+    "vlm/api": (FAKE, lambda: {"image": tensor(2, 3, 4, 4), "prompt": ["What?", "And this?"]}),
+    "embedding/api": (FAKE, lambda: {"input": ["one", "two"]}),
+    "generator/api": ({**FAKE, "size": "8x4"}, lambda: {"prompt": "a pier", "image": tensor(1, 3, 4, 4)}),
+    "pipeline/ref": ({"pipeline": {"id": "p", "nodes": [{"node_id": "inner", "config": GRAPH}], "exposed_inputs": [
+        {"node_id": "inner", "port_name": p, "name": p} for p in ("latent", "timestep")
+    ], "exposed_outputs": [{"node_id": "inner", "port_name": "pred", "name": "pred"}]}}, None),
+    "agent/llm": ({"llm": {"block_type": "llm/fake"}, "memory": "run"}, lambda: {"context": "Who keeps the lamp?"}),
+    "tool/read_entity": ({}, lambda: {"world": WorldContent.from_seed({"characters": ["Ada"]}).view(), "id": "ada"}),
     "agent/scripted": ({"script": ["first", {"tool_calls": [{"tool_id": "t", "arguments": {}}]}]}, None),
     "adapter/lora": ({"target": "net", "rank": 2}, None),
     "backbone/toy": (

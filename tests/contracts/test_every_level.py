@@ -158,6 +158,6 @@ def test_the_machine_is_written_once() -> None:
     """02 G-3: no level has its own sort, buffer, exposure code or loop; the container has them all."""
     for cls in (Graph, Pipeline, Stage):
         assert issubclass(cls, ExecutableGraph)
-        for name in ("_execute", "_drive", "_bind", "plan", "describe"):
+        for name in ("_execute", "_session", "_bind", "plan", "describe", "run_async", "run_batch", "stream", "steps"):
             assert getattr(cls, name) is getattr(ExecutableGraph, name)
     assert {cls.level for cls in (Graph, Pipeline, Stage)} == set(LEVELS)

@@ -12,6 +12,7 @@ from blocks_for_tests import Add, Affine, Calls, Const, Echo, Join, Model, Saw, 
 from wg_core import Graph, ModelPool, Pipeline, ValidationError
 from wg_core.execution.executable_graph import LoopSpec
 from wg_core.execution.validate import Issue, validate_structure
+from wg_core.structure.hyperlink import HyperEdge, HyperLink, Member, Resolvers
 
 
 def empty() -> Graph:
@@ -159,6 +160,40 @@ def child_invalid() -> Pipeline:
     return pipeline
 
 
+def bad_id() -> Graph:
+    graph = chain(Affine(), id="g")
+    graph.id = "g h"
+    return graph
+
+
+def blank_field() -> Graph:
+    graph = chain(Affine(), id="g")
+    graph.hyperedges.append(HyperEdge(id=" ", kind="group", members=(Member(path="n0"),)))
+    return graph
+
+
+def default_unknown_port() -> Pipeline:
+    graph = chain(Affine(), id="g")
+    pipeline = Pipeline("p")
+    pipeline.add_graph(graph, defaults={"x": 1})
+    graph.unexpose_input("x")
+    graph.expose_input("n0", "x", "number")
+    return pipeline
+
+
+def hyper_member() -> Graph:
+    graph = chain(Affine(), id="g")
+    graph.add_hyperedge(HyperEdge(id="h", kind="relation", members=(Member(path="nobody"),)))
+    return graph
+
+
+def link_unresolved() -> Graph:
+    graph = chain(Affine(), id="g")
+    graph.links.append(HyperLink(target_kind="world", target_id="lost"))
+    graph.resolvers = Resolvers()
+    return graph
+
+
 CASES: dict[str, tuple[Callable[[], Graph | Pipeline], str, str, str]] = {
     "EMPTY": (empty, "error", "EMPTY", "g: this graph has no nodes; add one with add_node [EMPTY]"),
     "EXPOSURE_BROKEN": (
@@ -228,6 +263,24 @@ CASES: dict[str, tuple[Callable[[], Graph | Pipeline], str, str, str]] = {
     "DUPLICATE_MODEL": (
         duplicate_model, "error", "DUPLICATE_MODEL", "g: two blocks hold the model 'm'; build them through one pool, or set reuse: false",
     ),
+    "BAD_ID": (bad_id, "error", "BAD_ID", "bad graph id 'g h'; use a letter or '_' first"),
+    "BAD_ID of a loop": (lambda: with_loops(LoopSpec("n0"), LoopSpec("a b", order=("n0",))), "error", "BAD_ID", "bad loop id 'a b'; "),
+    "BLANK_FIELD": (blank_field, "error", "BLANK_FIELD", "g: the hyperedge id is blank; give it a name"),
+    "LOOP_STEPS by default": (
+        lambda: cycle(Affine(), Affine(), id="g"), "warning", "LOOP_STEPS",
+        "g: loop 'n0' runs once unless a run says otherwise; set the number of its steps in loops, or give each run num_loop_steps={'n0': N}",
+    ),
+    "DEFAULT_UNKNOWN_PORT": (
+        default_unknown_port, "warning", "DEFAULT_UNKNOWN_PORT",
+        "p/g: g has a default for 'x', which is none of its inputs; take it away, or correct it; known: 'number'",
+    ),
+    "UNREACHABLE": (
+        required_unfed, "warning", "UNREACHABLE", "g/n1: no input and no source leads to n1; join an edge to it, or expose an input",
+    ),
+    "HYPER_MEMBER": (hyper_member, "error", "HYPER_MEMBER", "g: relation 'h': there is no node 'nobody'; change its members"),
+    "LINK_UNRESOLVED": (
+        link_unresolved, "warning", "LINK_UNRESOLVED", "g: link to world lost leads nowhere here; register a resolver",
+    ),
     "CHILD_INVALID": (child_invalid, "error", "CHILD_INVALID", "p/g: this child is invalid; see its own errors"),
 }  # fmt: skip
 
@@ -257,6 +310,36 @@ def test_no_code_is_without_an_example() -> None:
     assert codes == {code for _, _, code, _ in CASES.values()}
 
 
+def test_sources_and_tools_are_reached() -> None:
+    """02 G-26 UNREACHABLE: pure sources, defaults and loops with a seed are fine."""
+    graph = chain(Const(value=1), Affine(), id="g")
+    graph.add_node(Affine(), "own", defaults={"x": 1})
+    graph.expose_output("own", "y", "own")
+    assert graph.validate().issues == []
+    loop = cycle(Affine(), Affine())
+    loop.metadata["num_loop_steps"] = 2
+    assert loop.validate().issues == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("diffusion", "a graph of task_kind 'diffusion' has a block of role solver, this one has none"),
+        ("llm", "role llm or agent"),
+        ("agent", "role agent"),
+        ("generic", ""),
+        (None, ""),
+    ],
+)
+def test_a_task_kind_expects_roles(kind: str | None, says: str) -> None:
+    """02 G-26 TASK_SHAPE: a warning only; unusual graphs stay legal."""
+    graph = chain(Affine(), id="g")
+    graph.task_kind = kind
+    result = graph.validate()
+    assert [(i.code, i.severity) for i in result.issues] == ([("TASK_SHAPE", "warning")] if says else [])
+    assert says in str(result)
+
+
 def test_children_are_checked_deep_with_their_paths() -> None:
     """02 G-26 CHILD_INVALID: path-prefixed."""
     result = child_invalid().validate(strict=False, deep=True)
@@ -277,7 +360,9 @@ def test_all_errors_come_at_once_and_nothing_is_changed() -> None:
 
 def test_seed_and_carry_on_one_port_is_fine() -> None:
     """02 G-26: not EXPOSED_AND_WIRED, not FAN_IN."""
-    assert cycle(Affine(), Affine()).validate().issues == []
+    graph = cycle(Affine(), Affine())
+    graph.set_loops([LoopSpec("n0", num_steps=3)])
+    assert graph.validate().issues == []
 
 
 def test_validation_runs_nothing_and_is_cached_by_structure() -> None:

@@ -124,6 +124,13 @@ def test_a_block_that_refuses_its_values_leaves_all_blocks_as_they_were(tmp_path
     with pytest.raises(StateDictError, match="not negative"):
         block.load_from_checkpoint(tmp_path / "c")
     assert bits(block.state_dict()) == before
+    with pytest.raises(StateDictError, match="not negative"):
+        block.load_state_dict(bad.state_dict())
+    assert bits(block.state_dict()) == before
+    graph, other = chain(("a", block)), chain(("a", bad))
+    with pytest.raises(StateDictError, match="not negative"):
+        graph.load_state_dict(other.state_dict())
+    assert bits(block.state_dict()) == before
 
 
 def test_a_failed_load_into_a_block_without_weights_leaves_it_without(tmp_path: Path) -> None:
@@ -281,7 +288,7 @@ def test_a_world_has_the_same_doors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for role in ("philosopher", "creator"):
             pipeline = next(iter(made.stages[role].nodes.values())).child
             graph = next(iter(pipeline.nodes.values())).child
-            graph.add_node("backbone/toy", "extra", config={"init_seed": seed}, trainable=False)
+            graph.add_node("conditioner/toy", "extra", config={"dim": 4, "init_seed": seed}, defaults={"input": "x"})
         return made
 
     source, other = shaken(world(0)), world(0)

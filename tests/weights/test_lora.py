@@ -239,3 +239,15 @@ def test_a_target_that_is_closed_and_built_again_is_adapted_again() -> None:
     adapted = run(graph)
     base.close()
     assert torch.equal(run(graph), adapted)
+
+
+def test_a_condition_may_name_the_iteration() -> None:
+    base = Linear()
+    graph = chain(("net", base))
+    graph.add_edge("net", "y", "net", "x", carry=True)
+    adapter = LoRA(target="net", when={"iteration": "0", "graph_id": "ch*"})
+    graph.add_node(adapter, "style")
+    learned(adapter)
+    state, w = adapter.state_dict(), base.modules["net"].weight
+    first = w + state["net.lora_B.lora.weight"] @ state["net.lora_A.lora.weight"]
+    torch.testing.assert_close(run(graph, num_loop_steps=3), X @ first.t() @ w.t() @ w.t())

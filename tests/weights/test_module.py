@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def step(block: Any) -> None:
 
 def test_the_core_loads_without_torch_and_with_the_weights_floor() -> None:
     code = (
-        "import sys, wg_core, wg_core.weights.module, wg_core.weights.checkpoint; "
+        "import sys, wg_core, wg_core.weights.module, wg_core.weights.checkpoint, wg_core.weights.lora; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules or 'peft' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -178,9 +180,43 @@ def test_slots_are_the_layers_that_adapters_can_hang_on() -> None:
     assert Block().adapter_slots() == []
 
 
-def test_closing_frees_and_the_next_use_builds_again() -> None:
-    block = Net()
+def test_closing_frees_and_the_next_use_builds_again_as_it_was() -> None:
+    block = Net().freeze("enc.*")
     first = block.run({"x": X})["y"]
     block.close()
     assert not block.materialized
-    assert torch.equal(block.run({"x": X})["y"], first) is True or block.training
+    assert torch.equal(block.run({"x": X})["y"], first)
+    assert [n for n, _ in block.named_trainable_parameters()] == ["head.weight", "head.bias"]
+    block.unfreeze()
+    assert len(block.trainable_parameters()) == 6
+
+
+class Slow(Net):
+    """Takes its time to read its weights, and says when it begins."""
+
+    reading = threading.Event()
+
+    def read_reference(self, reference: str) -> Any:
+        Slow.reading.set()
+        time.sleep(0.05)
+        return super().read_reference(reference)
+
+
+def test_many_first_users_build_it_once_and_wait_for_its_weights(tmp_path: Path) -> None:
+    source = shaken(Net())
+    save_file(source.state_dict(), tmp_path / "net.safetensors")
+    block, before = Slow(checkpoint_ref=str(tmp_path / "net.safetensors")), Net.builds
+    found: list[Any] = []
+
+    def use(late: bool) -> None:
+        if late:
+            Slow.reading.wait(10)
+        found.append(block.run({"x": X})["y"])
+
+    threads = [threading.Thread(target=use, args=(i > 3,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Net.builds == before + 1 and len(found) == 8
+    assert all(torch.equal(y, source.run({"x": X})["y"]) for y in found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.errors import ConfigError, NodeError, WGError, did_you_mean
 from wg_core.execution.block import Block
 from wg_core.execution.executable_graph import ExecutableGraph, LoopSpec, Node
+from wg_core.structure.hyperlink import HyperLink
 from wg_core.structure.topology import Edge
 
 
@@ -103,6 +104,7 @@ def fill_graph(graph: ExecutableGraph[Block], entries: list[NodeEntry], build: B
                 defaults={**_model_defaults(entry, build), **entry.defaults},
                 hints=entry.hints,
             )
+            graph.nodes[entry.node_id].links = list(entry.links)
         except WGError as error:
             raise here.error(error) from error
 
@@ -135,13 +137,14 @@ def fill_level(
     build: Build,
     child: Callable[[Any, Build], Any] | None = None,
 ) -> None:
-    """Everything that all levels share: children (with `child`), edges, exposed ports, links; then validation."""
+    """Everything that all levels share: children (made by `child` of a node's entry), edges, exposed ports, links; then validation."""
     if child is not None:
         for i, node in enumerate(cast(Any, entry).nodes):
             here = build.at("nodes", i)
-            below = child(node.config, here.at("config"))
+            below = child(node, here)
             try:
                 level.insert_node(below, node.node_id, trainable=node.trainable, defaults=node.defaults)
+                level.nodes[node.node_id].links = list(node.links)
             except WGError as error:
                 raise here.error(error) from error
     for i, e in enumerate(entry.edges):
@@ -159,7 +162,11 @@ def fill_level(
     level.title = entry.title
     level.metadata = dict(entry.metadata)
     level.links = list(entry.links)
-    level.hyperedges = list(entry.hyperedges)
+    for i, hyperedge in enumerate(entry.hyperedges):
+        try:
+            level.add_hyperedge(hyperedge)
+        except WGError as error:
+            raise build.at("hyperedges", i).error(error) from error
     level.set_loops(
         LoopSpec(
             loop.loop_id,
@@ -191,7 +198,14 @@ def node_config(node: Node[Block], first_of: dict[int, str]) -> dict[str, Any]:
         entry["defaults"] = dict(node.defaults)
     if node.hints:
         entry["hints"] = dict(node.hints)
+    if node.links:
+        entry["links"] = plain_links(node.links)
     return entry
+
+
+def plain_links(links: Iterable[HyperLink]) -> list[dict[str, Any]]:
+    """Links as a file writes them."""
+    return [link.model_dump(mode="json", exclude_none=True) for link in links]
 
 
 def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -230,7 +244,7 @@ def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> di
         "loops": [loop(s) for s in level.loops],
         "exposed_inputs": exposed("in"),
         "exposed_outputs": exposed("out"),
-        "links": [x.model_dump(exclude_none=True) for x in level.links],
+        "links": plain_links(level.links),
         "hyperedges": [x.model_dump(exclude_none=True) for x in level.hyperedges],
     }
     return {**config, **{k: v for k, v in parts.items() if v}}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from wg_core.errors import did_you_mean
 from wg_core.structure.hyperlink import HyperEdge, HyperLink
 from wg_core.structure.ids import ID_PATTERN
+from wg_core.structure.port import port_types
 
 SCHEMA_VERSION = "1.0"
 
@@ -23,12 +34,13 @@ def _supported(version: str) -> str:
 
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN}$")]
 PortKey = Annotated[str, Field(pattern=rf"^{ID_PATTERN}(:[a-z][a-z0-9_]*)*$")]
+EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 Version = Annotated[str, AfterValidator(_supported)]
 Json = dict[str, JsonValue]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)  # validators are built at first use
 
 
 class EdgeEntry(Strict):
@@ -39,7 +51,7 @@ class EdgeEntry(Strict):
     target_node: Id
     target_port: PortKey
     carry: bool = False
-    origin: Literal["manual", "auto"] = "manual"
+    origin: Literal["manual", "auto", "hyper"] = "manual"
 
 
 class ExposureEntry(Strict):
@@ -75,6 +87,7 @@ class NodeEntry(Strict):
     trainable: bool = True
     defaults: Json = {}
     hints: dict[str, str] = {}
+    links: list[HyperLink] = []
 
     @model_validator(mode="after")
     def _one_source(self) -> NodeEntry:
@@ -99,6 +112,19 @@ class LevelEntry(Strict):
     hyperedges: list[HyperEdge] = []
 
 
+class ToolEntry(Strict):
+    """A node that agents of the graph may call; the id of the node alone will do.
+
+    `parameters` is the JSON schema of its arguments where they are not simply its inputs, `timeout` in seconds.
+    """
+
+    node: Id
+    description: str | None = None
+    parameters: Json | None = None
+    result_port: PortKey | None = None
+    timeout: float | None = Field(default=None, gt=0)
+
+
 class GraphEntry(LevelEntry):
     """A graph: one whole task, made of blocks."""
 
@@ -107,16 +133,136 @@ class GraphEntry(LevelEntry):
     task_kind: str | None = None
     nodes: list[NodeEntry]
     loops: list[LoopEntry] = []
-    tools: Json = {}
+    tools: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ToolEntry] = {}
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _nodes(cls, value: Any) -> Any:
+        entries = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        if not entries:
+            return cast(Any, value)
+        return {k: {"node": v} if isinstance(v, str) else v for k, v in entries.items()}
 
 
-class GraphNodeEntry(Strict):
-    """A graph in a pipeline."""
+class PortEntry(Strict):
+    """One port of a stored contract, in the words of a spec."""
+
+    key: PortKey
+    types: list[str] = Field(min_length=1)
+    required: bool = True
+    aggregation: Literal["single", "concat", "sum", "first", "dict"] = "single"
+    concat: Json | None = None
+    default: JsonValue = None
+    streamable: bool = False
+    schema_: JsonValue = Field(default=None, alias="schema")
+    doc: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_type(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            words = cast("dict[str, Any]", value)
+            if isinstance(words.get("types"), str):
+                return {**words, "types": words["types"].split("|")}
+        return cast(Any, value)
+
+    @field_validator("types")
+    @classmethod
+    def _known(cls, types: list[str]) -> list[str]:
+        for name in types:
+            if name not in port_types():
+                raise ValueError(f"unknown port type {name!r}; {did_you_mean(name, port_types())}")
+        return types
+
+
+class ContractEntry(Strict):
+    """What is stored about a level that runs elsewhere: its ports, and what decides its results.
+
+    `config_hash` pins the configuration that the server must run, `models` the hashes of its weights, and `requests`
+    holds the schema of the requests that its makers accept.
+    """
+
+    inputs: list[PortEntry]
+    outputs: list[PortEntry]
+    config_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    models: dict[str, str | None] = {}
+    requests: Json | None = None
+
+
+class EndpointEntry(Strict):
+    """Where a level runs and how it is reached: `url`, or `url_env`, the name of an environment variable with it.
+
+    `token_env` names the variable with the bearer token. Times are in seconds, `max_bytes` bounds a request and an
+    answer. `retries` count connection failures and the answers 502, 503 and 504; the first waits `backoff_s`, each
+    other twice as long. With `allow_hosts` only these hosts are spoken to.
+    """
+
+    url: str | None = None
+    url_env: EnvName | None = None
+    transport: str = Field(default="http", pattern=r"^[a-z][a-z0-9_]*$")
+    token_env: EnvName | None = None
+    timeout_s: float = Field(default=120.0, gt=0, le=86_400)
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=600)
+    retries: int = Field(default=2, ge=0, le=10)
+    backoff_s: float = Field(default=0.25, ge=0, le=60)
+    allow_hosts: list[str] = []
+    max_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> EndpointEntry:
+        if (self.url is None) == (self.url_env is None):
+            raise ValueError("an endpoint names either url or url_env")
+        return self
+
+
+class Placed(Strict):
+    """What may run here (its configuration) or elsewhere (`endpoint` or `endpoint_url`, with a `contract`)."""
+
+    endpoint: EndpointEntry | None = None
+    endpoint_url: str | None = None
+    contract: ContractEntry | None = None
+
+    @model_validator(mode="after")
+    def _one_endpoint(self) -> Self:
+        if self.endpoint is not None and self.endpoint_url is not None:
+            raise ValueError("endpoint_url is short for endpoint: {url: ...}; give one of them")
+        if self.contract is not None and self.place() is None:
+            raise ValueError("a contract is stored for what runs elsewhere; add its endpoint")
+        return self
+
+    def place(self) -> EndpointEntry | None:
+        """The endpoint, whichever way it is written."""
+        return EndpointEntry(url=self.endpoint_url) if self.endpoint_url is not None else self.endpoint
+
+
+class RemoteEntry(Placed):
+    """A level that runs elsewhere."""
+
+    kind: Literal["remote"] = "remote"
+    schema_version: Version = SCHEMA_VERSION
+    id: Id = "remote"
+    title: str | None = None
+    metadata: Json = {}
+
+
+def _here_or_there(entry: Any, word: str) -> None:
+    if (entry.config is None) == (entry.place() is None):
+        raise ValueError(f"a node has either a {word} as its config, or an endpoint with a contract")
+
+
+class GraphNodeEntry(Placed):
+    """A graph in a pipeline, here or behind an endpoint."""
 
     node_id: Id
-    config: GraphEntry
+    config: GraphEntry | None = None
     trainable: bool = True
     defaults: Json = {}
+    links: list[HyperLink] = []
+
+    @model_validator(mode="after")
+    def _one_child(self) -> GraphNodeEntry:
+        _here_or_there(self, "graph")
+        return self
 
 
 class PipelineEntry(LevelEntry):
@@ -127,17 +273,23 @@ class PipelineEntry(LevelEntry):
     nodes: list[GraphNodeEntry]
 
 
-class PipelineNodeEntry(Strict):
-    """A pipeline in a stage."""
+class PipelineNodeEntry(Placed):
+    """A pipeline in a stage, here or behind an endpoint."""
 
     node_id: Id
-    config: PipelineEntry
+    config: PipelineEntry | None = None
     trainable: bool = True
     defaults: Json = {}
+    links: list[HyperLink] = []
+
+    @model_validator(mode="after")
+    def _one_child(self) -> PipelineNodeEntry:
+        _here_or_there(self, "pipeline")
+        return self
 
 
-class StageEntry(Strict):
-    """A stage: pipelines under a contract over state.
+class StageEntry(Placed):
+    """A stage: pipelines under a contract over state, or an endpoint where they run.
 
     `inputs` maps a pipeline input to `world`, `action`, `schema` or a block (`descriptions`, `descriptions.items`);
     `outputs` maps a block (or a field of it) to a pipeline output. Give one `graph`, or `nodes` with `edges`.
@@ -163,8 +315,12 @@ class StageEntry(Strict):
 
     @model_validator(mode="after")
     def _one_form(self) -> StageEntry:
-        if (self.graph is None) == (self.nodes is None):
-            raise ValueError("a stage has either one 'graph' or 'nodes'")
+        if (self.graph is not None) + (self.nodes is not None) + (self.place() is not None) != 1:
+            raise ValueError("a stage has one of 'graph', 'nodes' and 'endpoint'")
+        if self.place() is not None and (self.edges or self.exposed_inputs or self.exposed_outputs):
+            raise ValueError("edges and exposed ports belong to 'nodes'; what runs behind an endpoint has its own")
+        if self.place() is not None and (self.inputs or self.outputs):
+            raise ValueError("inputs and outputs are mapped where the stage runs, not beside its endpoint")
         if self.graph is not None and (self.edges or self.exposed_inputs or self.exposed_outputs):
             raise ValueError("edges and exposed ports belong to 'nodes'; a single 'graph' has its own")
         return self
@@ -184,14 +340,34 @@ class StorageEntry(Strict):
     root: str | None = None
 
 
-class ExecutionEntry(Strict):
-    """How a world runs."""
+UPDATE = "world_update"
+CANONICAL = ("philosopher", "author", "world_update", "development", "architect", "creator")
 
-    cycle: Literal["canonical"] = "canonical"
+
+class ExecutionEntry(Strict):
+    """How a world runs.
+
+    A `cycle` of one's own names every stage once, and `world_update` where the state is to become true (at most once).
+    `state_schema` adds fields to the blocks of the state: `{block: {field: JSON Schema}}`.
+    """
+
+    cycle: Literal["canonical"] | list[Id] = "canonical"
     models: dict[Id, ModelEntry] = {}
-    stages: dict[Literal["philosopher", "author", "development", "architect", "creator"], StageEntry]
+    stages: dict[Id, StageEntry]
+    state_schema: dict[str, dict[str, Json]] = {}
     storage: StorageEntry = StorageEntry()
     seed: int | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _known_stages(cls, stages: dict[str, StageEntry], info: ValidationInfo) -> dict[str, StageEntry]:
+        canonical = [role for role in CANONICAL if role != UPDATE]
+        for name in stages:
+            if name == UPDATE:
+                raise ValueError("world_update is built in and has no entry of its own")
+            if info.data.get("cycle") == "canonical" and name not in canonical:
+                raise ValueError(f"the canonical cycle has no stage {name!r}; {did_you_mean(name, canonical)}")
+        return stages
 
 
 class WorldEntry(Strict):
@@ -208,7 +384,11 @@ class WorldEntry(Strict):
 
 
 class EndWorldEntry(Strict):
-    """A world file that is only read: content without execution."""
+    """A world file that is only read: content without execution.
+
+    `content` is written out as in a world file, or is the `{root: sha256}` of a frozen world, whose parts lie in
+    `blobs/` beside the file.
+    """
 
     schema_: str | None = Field(default=None, alias="$schema")
     kind: Literal["end_world"] = "end_world"
@@ -223,6 +403,7 @@ KINDS: dict[str, type[Strict]] = {
     "graph": GraphEntry,
     "pipeline": PipelineEntry,
     "stage": StageEntry,
+    "remote": RemoteEntry,
     "world": WorldEntry,
     "end_world": EndWorldEntry,
 }

@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("wg_core.registry")
 _TYPE = re.compile(r"[a-z][a-z0-9_]*/[a-z0-9][a-z0-9_]*")
-_SECRETS = re.compile(r"(^|_)(api_?key|token|password|passwd|secret|credentials?)$")
+_SECRETS = re.compile(
+    r"(^|_)(api_?key|access_?key|private_?key|token|password|passwd|secret|credentials?|authorization)$"
+)
+# values that are secrets under any name: a bearer header, a provider's key, a URL with a user, password or key in it
+_SECRET_VALUES = re.compile(
+    r"(?i:bearer)\s+[\w.~+/=-]{16,}|sk-[\w-]{20,}|[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]+@\S*"
+    r"|https?://\S+[?&](?i:[\w-]*(?:key|token|secret|password|sig|signature))=\S+"
+)
 Factory = Callable[..., Block]
 B = TypeVar("B", bound=type[Block])
 
@@ -36,6 +44,7 @@ class BlockRegistry:
 
     def __init__(self, *, plugins: bool = False) -> None:
         self._factories: dict[str, dict[str, Factory | str]] = {}
+        self._transports: dict[str, Callable[[], Any] | str] = {}
         self._pending_plugins = plugins
         self._lock = threading.RLock()
         self.broken_plugins: dict[str, str] = {}
@@ -99,6 +108,22 @@ class BlockRegistry:
                 ) from error
         return factory
 
+    def register_transport(self, name: str, factory: Callable[[], Any] | str) -> None:
+        """Register how endpoints of a kind are reached: a callable, or its dotted name, that gives a transport."""
+        self._transports[name] = factory
+
+    def transport(self, name: str) -> Any:
+        """A transport of this name, made at its first use. Raises: ConfigError."""
+        self._load_plugins()
+        with self._lock:
+            found = self._transports.get(name)
+            if found is None:
+                raise ConfigError(f"no transport {name!r} is registered; {did_you_mean(name, self._transports)}")
+            if isinstance(found, str):
+                module, _, attribute = found.partition(":")
+                found = cast("Callable[[], Any]", getattr(importlib.import_module(module), attribute))
+        return found()
+
     def list(self, role: str | None = None) -> list[str]:
         """All block types, or those of one role."""
         self._load_plugins()
@@ -113,7 +138,13 @@ class BlockRegistry:
         return block_type in self._factories
 
     def is_agentic(self, block_type: str, backend: str = "local") -> bool:
-        return bool(getattr(self.get(block_type, backend), "agentic", False))
+        """Whether a type is an agent: marked so, with an optional input `tool_results` and output `tool_calls`."""
+        factory: Any = self.get(block_type, backend)
+        if not getattr(factory, "agentic", False):
+            return False
+        ports = cast("type[Block]", factory)._index
+        ends = (ports.inputs.get("tool_results"), ports.outputs.get("tool_calls"))
+        return all(port is not None and port.optional for port in ends)
 
     def build(self, config: Mapping[str, Any], *, pool: ModelPool | None = None) -> Block:
         """Build a block from `{block_type, block_id?, config}` (or flat: all other keys are its config).
@@ -144,14 +175,22 @@ class BlockRegistry:
                 problems = "; ".join(f"config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
                 raise ConfigError(f"block {block_type!r}: {problems}") from None
 
-        def build_sub(sub: Mapping[str, Any]) -> Block:
-            return self.build(sub, pool=pool)
-
-        block = _call(factory, block_type, block_id, arguments, build_sub)
+        block = _call(factory, block_type, block_id, arguments, SubBuilder(self, pool))
         block.block_type = block_type
         block.backend = backend
         block.placement = {k: config[k] for k in ("backend", "reuse") if k in config}
         return block
+
+
+@dataclass(frozen=True, slots=True)
+class SubBuilder:
+    """What a constructor is given as `build`: it makes sub-blocks through the same registry and pool."""
+
+    registry: BlockRegistry
+    pool: ModelPool | None
+
+    def __call__(self, config: Mapping[str, Any]) -> Block:
+        return self.registry.build(config, pool=self.pool)
 
 
 def _call(factory: Factory, block_type: str, block_id: str | None, arguments: dict[str, Any], build: Any) -> Block:
@@ -212,13 +251,19 @@ def refuse_secrets(value: Any, owner: str) -> None:
     """Raises: ConfigError where a key looks like a secret; name the environment variable instead (`api_key_env`)."""
     if isinstance(value, Mapping):
         for key, below in cast("Mapping[str, Any]", value).items():
-            if _SECRETS.search(key.lower()) and isinstance(below, str):
+            if isinstance(below, str) and (
+                _SECRETS.search(key.lower().replace("-", "_")) or _SECRET_VALUES.fullmatch(below.strip())
+            ):
                 raise ConfigError(
                     f"{owner}: {key!r} looks like a secret; secrets stay in the environment, name the variable: {key}_env"
                 )
             refuse_secrets(below, owner)
     elif isinstance(value, list):
         for below in cast("list[Any]", value):
+            if isinstance(below, str) and _SECRET_VALUES.fullmatch(below.strip()):
+                raise ConfigError(
+                    f"{owner}: a list in it holds what looks like a secret; secrets stay in the environment, name the variable"
+                )
             refuse_secrets(below, owner)
 
 

@@ -7,9 +7,11 @@ required, but keeps the names. Other words for a port are aliases. Each call adv
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from wg_core.errors import ConfigError, DuplicateBlockTypeError
+from wg_core.execution.agent import ToolSpec
 from wg_core.execution.block import Block
 from wg_core.structure.port import Port
 
@@ -222,9 +224,16 @@ class Embedding(Block):
 
 
 class Agent(Block):
-    """One step of an agent: an answer, or calls of tools."""
+    """One step of an agent: an answer, or calls of tools.
+
+    `tool_calls` is a list of `{call_id, tool_id, arguments}`; without any the step is the last one. With `tool_results`
+    (`{call_id, tool_id, result}`, or `error` in place of `result`) the session goes on and the other inputs are those
+    that began it. The session is state under `session.*`. `tools` are the ids that it may call, None for all.
+    """
 
     role = "agent"
+    tools: Sequence[str] | None = None
+    bound: Sequence[ToolSpec] = ()
     agentic = True
     poolable = False
     ports = (
@@ -234,6 +243,13 @@ class Agent(Block):
         Port("response", "out", "text|dict", True, aliases=("text",)),
         Port("tool_calls", "out", "list", True),
     )
+
+    def bind_tools(self, tools: Sequence[ToolSpec]) -> None:
+        """Take the tools that may be called: what each is for and the schema of its arguments. Before the first step."""
+        self.bound = list(tools)
+
+    def reset_session(self) -> None:
+        """Forget what was said."""
 
 
 class Tool(Block):

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
@@ -24,6 +24,7 @@ from wg_core.errors import (
     UnexpectedInputError,
     did_you_mean,
 )
+from wg_core.execution.context import FRAME, check_stop
 from wg_core.structure.port import UNSET, Port, check_ports, kind_of
 
 
@@ -32,11 +33,17 @@ class PortIndex:
 
     __slots__ = ("by_name", "inputs", "outputs")
 
-    def __init__(self, ports: Sequence[Port], owner: str) -> None:
-        check_ports(ports, owner)
+    def __init__(self, ports: Sequence[Port], owner: str, *, apart: bool = False) -> None:
+        """With `apart`, an output may have the name of an input, as in a level that takes and gives `state`."""
+        for side in [[p for p in ports if p.direction == d] for d in ("in", "out")] if apart else [ports]:
+            check_ports(side, owner)
         self.inputs: dict[str, Port] = {p.name: p for p in ports if p.direction == "in"}
         self.outputs: dict[str, Port] = {p.name: p for p in ports if p.direction == "out"}
         self.by_name: dict[str, Port] = {name: p for p in ports for name in (p.name, *p.aliases)}
+
+    def find(self, name: str, direction: str) -> Port | None:
+        """The port of this name, first one of this direction."""
+        return (self.inputs if direction == "in" else self.outputs).get(name) or self.by_name.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +197,33 @@ class Block:
     # ---- running ---------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Compute outputs from inputs, both keyed by port name; never changes an input value."""
-        raise NotImplementedError(f"{type(self).__name__}.forward")
+        """Compute outputs from inputs, both keyed by port name; never changes an input value.
+
+        May be a coroutine (`async def`), or return any awaitable of the outputs; such a block runs in `run_async`.
+        A block that implements `stream_forward` needs no `forward`: this one runs it to its end.
+        """
+        if type(self).stream_forward is Block.stream_forward:
+            raise NotImplementedError(f"{type(self).__name__}.forward")
+        pieces = self.stream_forward(inputs)
+        try:
+            while True:
+                next(pieces)
+                frame = FRAME.get()
+                if frame is not None:
+                    check_stop(frame)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            pieces.close()
+
+    def stream_forward(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """`forward` in pieces: a generator that yields `{streamable output port: piece}` and returns the whole outputs.
+
+        What pieces add up to is the block's affair (for text they are joined); the result counts. It may be closed at
+        any piece. A block without it gives no pieces.
+        """
+        return self.forward(inputs)
+        yield {}  # never reached: makes this a generator
 
     def run(self, inputs: Mapping[str, Any], *, strict_types: bool = False) -> dict[str, Any]:
         """`forward` with all checks, for stand-alone use.
@@ -291,17 +323,18 @@ class Block:
                 f"block {self.name!r} cannot load this state: missing {list(missing)}, unexpected {list(unexpected)}, "
                 f"wrong shape {wrong}"
             )
-        self._load_checked({k: v for k, v in state.items() if k in current})
+        take_over(self._shares({k: v for k, v in state.items() if k in current}))
         return LoadReport(missing, unexpected)
 
-    def _load_checked(self, state: Mapping[str, Any]) -> None:
+    def _shares(self, state: Mapping[str, Any]) -> list[tuple[Block, dict[str, Any]]]:
+        """A checked state split by block: each with all its own keys."""
         rest = dict(state)
+        shares: list[tuple[Block, dict[str, Any]]] = []
         for name, sub in self.get_sub_blocks().items():
             prefix = f"{name}."
             below = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
-            sub._load_checked(below)
-        if rest:
-            self.load_own_state_dict({**self.own_state_dict(), **rest})
+            shares += sub._shares(below)
+        return [(self, {**self.own_state_dict(), **rest}), *shares] if rest else shares
 
     # ---- training surface ----------------------------------------------------------------------------------------------
 
@@ -421,6 +454,28 @@ class Block:
         return f"<{type(self).__name__} {self.block_type or 'unregistered'}>"
 
 
+def take_over(states: Sequence[tuple[Block, dict[str, Any]]]) -> None:
+    """Give blocks their checked states; a block that refuses a value leaves all of them as before.
+
+    Tensors were compared and cannot fail any more, so blocks with other values go first and are kept to go back to.
+    """
+
+    def plain(state: Mapping[str, Any]) -> bool:
+        return not all(hasattr(value, "shape") for value in state.values())
+
+    kept: list[tuple[Block, dict[str, Any]]] = []
+    try:
+        for block, state in sorted(states, key=lambda pair: not plain(pair[1])):
+            if plain(state):
+                own = block.own_state_dict()
+                kept.append((block, {k: v.clone() if hasattr(v, "clone") else copy.deepcopy(v) for k, v in own.items()}))
+            block.load_own_state_dict(state)
+    except BaseException:
+        for block, state in kept:
+            block.load_own_state_dict(state)
+        raise
+
+
 def model_key(
     block_type: str, backend: str, config: Mapping[str, Any], call_time_keys: frozenset[str] = frozenset()
 ) -> tuple[str, ...] | None:
@@ -459,6 +514,10 @@ def check_kinds(owner: str, ports: Mapping[str, Port], values: Mapping[str, Any]
 def check_outputs(owner: str, ports: Mapping[str, Port], outputs: Any) -> None:
     """Raises: OutputContractError if `outputs` is no dict, lacks a non-optional port or holds an undeclared one."""
     if not isinstance(outputs, dict):
+        if inspect.isawaitable(outputs):
+            if inspect.iscoroutine(outputs):
+                outputs.close()
+            raise OutputContractError(f"{owner} is asynchronous; run what it is in with run_async")
         raise OutputContractError(
             f"{owner} returned {kind_of(outputs)}; a block returns a dict keyed by its output ports"
         )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from wg_core.errors import AbortRun, ConfigError, RunTimeoutError
 from wg_core.execution.blobs import BlobStore, MemoryBlobs
 from wg_core.execution.calls import CallLog
+from wg_core.structure.hyperlink import HyperLink, Resolvers
 
 _log = logging.getLogger("wg_core.events")
 
@@ -22,7 +23,7 @@ class Event:
     """Something that happened in a run, as hooks see it.
 
     `kind` is one of run_start, run_end, node_start, node_end, node_error, loop_start, loop_iteration, loop_end,
-    stage_start, stage_end, snapshot, model_call, progress. `path` names the place (`pipeline/graph/node`), `elapsed`
+    tool_start, tool_end, stage_start, stage_end, snapshot, model_call, progress. `path` names the place (`pipeline/graph/node`), `elapsed`
     is in seconds.
     """
 
@@ -48,7 +49,7 @@ class Cancel(Protocol):
     def is_set(self) -> bool: ...
 
 
-_PER_NODE = ("num_loop_steps", "seed", "max_agent_steps", "per_node", "extra")
+_PER_NODE = ("num_loop_steps", "seed", "max_agent_steps", "tool_errors", "per_node", "extra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class RunOptions:
     (number of steps, seed, extra); raises ConfigError for options that concern the whole run;
     `capture` lists `path:port` whose values are added to the result; `timeout` is in seconds; `strict_types` checks
     the kind of every value on every port and `guard_nan` stops at the first NaN or infinity; `calls` keeps what models
-    are asked and answer, or answers in their place.
+    are asked and answer, or answers in their place. `max_agent_steps` is how often an agent may be asked until it
+    answers, and `tool_errors` what becomes of a tool call that fails: its `result` says so, or `raise`; both are taken
+    from the graph's metadata where they are not given (else 10 steps, and `result`).
     """
 
     training: bool = False
@@ -69,6 +72,7 @@ class RunOptions:
     dry_run: bool = False
     seed: int | None = None
     max_agent_steps: int | None = None
+    tool_errors: str | None = None
     timeout: float | None = None
     cancel: Cancel | None = None
     trace_context: Any = None
@@ -79,8 +83,11 @@ class RunOptions:
     blobs: BlobStore | None = None
     calls: CallLog | None = None
     extra: Mapping[str, Any] | None = None
+    resolvers: Resolvers | None = None
 
     def __post_init__(self) -> None:
+        if self.tool_errors not in (None, "result", "raise"):
+            raise ConfigError(f"tool_errors is 'result' or 'raise', not {self.tool_errors!r}")
         for node_id, chosen in (self.per_node or {}).items():
             for name in chosen:
                 if name not in _PER_NODE:
@@ -94,7 +101,7 @@ class Frame:
 
     __slots__ = (
         "blobs", "captured", "deadline", "hooks", "iteration", "level", "level_id", "node_id", "node_path", "options",
-        "parent", "path", "root", "usage", "watched",
+        "parent", "path", "root", "turn", "usage", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +118,7 @@ class Frame:
         self.parent = parent
         self.node_id: str | None = None
         self.iteration: int | None = None
+        self.turn = 0
         self.captured: dict[str, Any] = {}
         if parent is None:
             self.root: Frame = self
@@ -177,16 +185,18 @@ class CallContext:
     frame: Frame | None = field(default=None, repr=False, compare=False)
 
     def node_seed(self) -> int:
-        """A seed in 0..2**63-1 derived from run seed, node path below the root, and iteration at every level.
+        """A seed in 0..2**63-1 derived from run seed, node path below the root, and iteration and turn at every level.
 
         Equal runs give equal seeds, whatever the root is called; without a run seed it is that of seed 0.
         """
         place = f"{self.frame.node_path}{self.node_id}" if self.frame is not None else ""
-        around: list[int] = []
+        around: list[object] = [f"turn {self.frame.turn}"] if self.frame is not None and self.frame.turn else []
         outer = self.frame.parent if self.frame is not None else None
         while outer is not None:
             if outer.iteration is not None:
                 around.append(outer.iteration)
+            if outer.turn:
+                around.append(f"turn {outer.turn}")
             outer = outer.parent
         return derive_seed(self.seed or 0, place, self.iteration or 0, *around)
 
@@ -213,6 +223,12 @@ class CallContext:
             return make()
         return calls.ask(f"{self.frame.node_path}{self.node_id}", model, request, make)
 
+    def resolve(self, link: HyperLink | Mapping[str, Any]) -> Any:
+        """The target of a link, which is only read. Raises: LinkError where the run cannot find it."""
+        found = self.frame.options.resolvers if self.frame is not None else None
+        given = link if isinstance(link, HyperLink) else HyperLink.model_validate(link)
+        return (found or Resolvers()).resolve(given)
+
     def emit(self, kind: str, **data: Any) -> None:
         """Send an event of this node to the run's hooks; raises AbortRun where the run was cancelled."""
         if self.frame is not None:
@@ -228,10 +244,16 @@ def derive_seed(seed: int, *parts: object) -> int:
 
 def check_stop(frame: Frame) -> None:
     """Raises: AbortRun if the run was cancelled, RunTimeoutError if its time is over."""
+    cancel = frame.options.cancel
+    if (cancel is not None and cancel.is_set()) or (frame.deadline is not None and time.monotonic() > frame.deadline):
+        raise stop_reason(frame)
+
+
+def stop_reason(frame: Frame) -> AbortRun | RunTimeoutError:
+    """What to raise in a run that is to stop: AbortRun where it was cancelled, else RunTimeoutError."""
     if frame.options.cancel is not None and frame.options.cancel.is_set():
-        raise AbortRun(f"{frame.path}: the run was cancelled")
-    if frame.deadline is not None and time.monotonic() > frame.deadline:
-        raise RunTimeoutError(f"{frame.path}: the run took longer than its timeout of {frame.options.timeout} s")
+        return AbortRun(f"{frame.path}: the run was cancelled")
+    return RunTimeoutError(f"{frame.path}: the run took longer than its timeout of {frame.options.timeout} s")
 
 
 _OUTSIDE = CallContext()

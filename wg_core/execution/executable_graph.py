@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from wg_core.errors import EdgeError, MissingInputError, NodeError, UnexpectedInputError, WGError, did_you_mean
+from wg_core.execution.agent import AgentLoop, Tool
 from wg_core.execution.block import Block, PortIndex
 from wg_core.execution.context import FRAME, Frame, Hook, RunOptions, options_for
+from wg_core.execution.drawing import draw, kind_of_child, plan_data
+from wg_core.execution.drive import (
+    Chunk,
+    Held,
+    Session,
+    Step,
+    Steps,
+    drive,
+    drive_async,
+    drive_steps,
+    drive_stream,
+    held,
+    in_time,
+)
+from wg_core.execution.hyper import ORIGIN, Lowered, hyperedges_below, links_below, lower
 from wg_core.execution.plan import LOOP_PORTS, Call, Loop, LoopStart, Placeholder, Plan, compile_plan, copy_defaults
 from wg_core.execution.validate import ValidationResult, validate_structure
 from wg_core.execution.walk import walk
-from wg_core.structure.hyperlink import HyperEdge, HyperLink
+from wg_core.structure.hyperlink import HyperEdge, HyperLink, Resolvers
 from wg_core.structure.ids import ID_PATTERN, check_id
 from wg_core.structure.port import UNSET, Port
 from wg_core.structure.topology import Edge
@@ -55,6 +71,7 @@ class Node(Generic[Child]):
     trainable: bool = True
     defaults: Mapping[str, Any] = field(default_factory=lambda: _NO_DEFAULTS)
     hints: dict[str, str] = field(default_factory=dict[str, str])
+    links: list[HyperLink] = field(default_factory=list[HyperLink])
 
     @property
     def block(self) -> Child:
@@ -103,6 +120,7 @@ class ExecutableGraph(Generic[Child]):
         self.loops: tuple[LoopSpec, ...] = ()
         self.links: list[HyperLink] = []
         self.hyperedges: list[HyperEdge] = []
+        self.resolvers: Resolvers | None = None
         self.hooks: list[Hook] = []
         self.version = 0
         self._edges: dict[Edge, None] = {}
@@ -132,6 +150,14 @@ class ExecutableGraph(Generic[Child]):
     def resting(self) -> frozenset[str]:
         """Nodes that are part of the structure but that no plan calls."""
         return frozenset()
+
+    def agents(self) -> Mapping[str, Sequence[Tool]]:
+        """The agents that run with their tools, each with those that it may call."""
+        return {}
+
+    def agent_call(self, op: Call, tools: Sequence[Tool], calls: Mapping[str, Call]) -> AgentLoop:
+        """What the plan calls for an agent; `calls` are those of the tools, by node."""
+        return AgentLoop(self, op, tools, calls)
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -163,7 +189,7 @@ class ExecutableGraph(Generic[Child]):
 
     def _default_port(self, node: Node[Child], key: str) -> str:
         index = self.ports_of(node)
-        port = index.by_name.get(key)
+        port = index.find(key, "in")
         if port is None or port.direction != "in":
             raise NodeError(
                 f"{self.id}/{node.node_id}: default for unknown input {key!r}; {did_you_mean(key, index.inputs)}"
@@ -247,6 +273,7 @@ class ExecutableGraph(Generic[Child]):
             self._keep(edge)
         for direction, exposed in self._exposed.items():
             self._exposed[direction] = [Exposure(moved(x.node_id), x.port_name, x.name) for x in exposed]
+        self.hyperedges = [_renamed(h, node_id, new_id) for h in self.hyperedges]
         self.loops = tuple(
             LoopSpec(
                 moved(s.loop_id), s.num_steps,
@@ -321,6 +348,63 @@ class ExecutableGraph(Generic[Child]):
         self._drop(edge)
         self.version += 1
 
+    def add_hyperedge(self, hyperedge: HyperEdge) -> None:
+        """Add an edge of any arity; what carries its data (edges, exposed inputs) is added with it.
+
+        Raises: EdgeError for a taken id, an unknown kind, or members that cannot be joined so; then nothing is added.
+        """
+        if any(h.id == hyperedge.id for h in self.hyperedges):
+            raise EdgeError(f"{self.id} has a hyperedge {hyperedge.id!r}; choose another id")
+        lowered = lower(self, hyperedge)
+        before = (set(self.edges), set(self._exposed["in"]))
+        try:
+            for edge in lowered.edges:
+                self.add_edge(edge)
+            for node_id, port, name in lowered.inputs:
+                self.expose_input(node_id, port, name)
+        except WGError:
+            self._take_back(lowered, *before)
+            raise
+        self.hyperedges.append(hyperedge)
+        self.version += 1
+
+    def remove_hyperedge(self, hyperedge_id: str) -> None:
+        """Take away a hyperedge and what only it had joined. Raises: EdgeError for an unknown id."""
+        found = next((h for h in self.hyperedges if h.id == hyperedge_id), None)
+        if found is None:
+            known = did_you_mean(hyperedge_id, [h.id for h in self.hyperedges])
+            raise EdgeError(f"{self.id} has no hyperedge {hyperedge_id!r}; {known}")
+        self.hyperedges.remove(found)
+        others = [lower(self, h) for h in self.hyperedges]
+        kept = {e for e in self.edges if e.origin != ORIGIN} | {e for other in others for e in other.edges}
+        self._take_back(lower(self, found), kept, {Exposure(*x) for other in others for x in other.inputs})
+        self.version += 1
+
+    def _take_back(self, lowered: Lowered, kept_edges: set[Edge], kept_inputs: set[Exposure]) -> None:
+        for edge in lowered.edges:
+            if edge in self.edges and edge not in kept_edges:
+                self.remove_edge(edge)
+        gone = {Exposure(*x) for x in lowered.inputs} - kept_inputs
+        self._exposed["in"] = [x for x in self._exposed["in"] if x not in gone]
+
+    def hyperedges_of(self, path: str) -> list[HyperEdge]:
+        """The hyperedges, here and below, that the node at this path is a member of."""
+        return [
+            h for at, h in hyperedges_below(self) for m in h.members if path == (f"{at}/{m.path}" if at else m.path)
+        ]
+
+    def links_from(self, path: str = "") -> list[HyperLink]:
+        """The links that stand at a node path; those of this level itself at the empty path."""
+        return [link for at, link in links_below(self) if at == path]
+
+    def links_to(self, target_id: str, kind: str | None = None) -> list[tuple[str, HyperLink]]:
+        """Where, here and below, links to a target stand, as `(node path, link)`."""
+        return [
+            (at, link)
+            for at, link in links_below(self)
+            if link.target_id == target_id and kind in (None, link.target_kind)
+        ]
+
     def _keep(self, edge: Edge) -> None:
         self._edges[edge] = None
         self._out[edge.source_node].append(edge)
@@ -336,7 +420,7 @@ class ExecutableGraph(Generic[Child]):
         if node is None:
             raise error(f"{self.id} has no node {node_id!r}; {did_you_mean(node_id, self.nodes)}")
         index = self.ports_of(node)
-        port = index.by_name.get(port_name)
+        port = index.find(port_name, direction)
         known = index.outputs if direction == "out" else index.inputs
         if port is None:
             raise error(f"{self.id}/{node_id} has no port {port_name!r}; {did_you_mean(port_name, known)}")
@@ -447,12 +531,13 @@ class ExecutableGraph(Generic[Child]):
                     entry.get("default", UNSET),
                     schema=entry["schema"],
                     streamable=entry["streamable"],
+                    description=entry["doc"],
                     **entry.get("concat", {}),
                 )
                 for direction, entries in (("in", self.get_input_spec()), ("out", self.get_output_spec()))
                 for entry in entries
             ]
-            self._external = (stamp, PortIndex(ports, self.id))
+            self._external = (stamp, PortIndex(ports, self.id, apart=True))
         return self._external[1]
 
     def get_input_spec(self) -> list[Spec]:
@@ -471,7 +556,7 @@ class ExecutableGraph(Generic[Child]):
         return [self._spec_entry(x.key, [x], "out") for x in self.exposures("out")]
 
     def _spec_entry(self, key: str, bindings: list[Exposure], direction: str) -> Spec:
-        ports = [self.ports_of(self.nodes[x.node_id]).by_name[x.port_name] for x in bindings]
+        ports = [cast(Port, self.ports_of(self.nodes[x.node_id]).find(x.port_name, direction)) for x in bindings]
         first = ports[0]
         types = [t for t in first.types if all(t in p.types or "any" in p.types for p in ports)] or list(first.types)
         if direction == "in":
@@ -547,14 +632,28 @@ class ExecutableGraph(Generic[Child]):
                 lines += [f"    carry {edge}" for edge in loop.carry_edges]
             elif isinstance(op, Call):
                 indent = "    " if loop and op.node_id in loop.nodes else "  "
-                child = self.nodes[op.node_id].child
-                kind = (
-                    child.name
-                    if isinstance(child, Block)
-                    else f"{getattr(child, 'level', '?')} {getattr(child, 'id', '')}"
-                )
-                lines.append(f"{indent}{op.node_id}: {kind}")
+                lines.append(f"{indent}{op.node_id}: {kind_of_child(self.nodes[op.node_id].child)}")
+                if isinstance(op.call, AgentLoop):
+                    lines += [f"{indent}  may call {t}: {kind_of_child(n.child)}" for t, n in op.call.tools().items()]
         return "\n".join(lines)
+
+    def plan_data(self, num_loop_steps: int | Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The plan as JSON values, nested levels within: `{level, id, inputs, outputs, steps}`.
+
+        A step is `{node, kind, plan?, tools?}`, or a loop: `{loop, num_steps, steps_from, iterations, carry: [{edge, seed}],
+        until?, steps}`, where `seed` lists what iteration 0 reads instead, in order of preference.
+
+        Raises: ValidationError.
+        """
+        return plan_data(self, num_loop_steps)
+
+    def to_mermaid(self) -> str:
+        """This level as a Mermaid flowchart: nested levels as subgraphs, carry edges dashed."""
+        return draw(self).mermaid()
+
+    def to_dot(self) -> str:
+        """This level as a Graphviz digraph: nested levels as clusters, carry edges dashed."""
+        return draw(self).dot()
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -567,16 +666,73 @@ class ExecutableGraph(Generic[Child]):
         Raises: ValidationError, MissingInputError, UnexpectedInputError, NodeExecutionError, AbortRun,
         RunTimeoutError.
         """
-        parent = FRAME.get()
-        if parent is not None and not options:
+        if not options and FRAME.get() is not None:
             return self.forward(dict(inputs or {}))
+        return self._execute(inputs or {}, self._chosen(options), None)
+
+    def _chosen(self, options: Mapping[str, Any]) -> RunOptions:
+        if self.resolvers is not None:
+            options = {"resolvers": self.resolvers, **options}
         try:
-            chosen = RunOptions(**options)
+            return RunOptions(**options)
         except TypeError as error:
             raise UnexpectedInputError(
                 f"{self.id}.run: {error}; options are {', '.join(RunOptions.__slots__)}"
             ) from None
-        return self._execute(inputs or {}, chosen, None)
+
+    def run_batch(self, batch: Iterable[Mapping[Any, Any]], **options: Any) -> list[dict[str, Any]]:
+        """`run` for each of several inputs, in order; all get the same options.
+
+        Raises: what `run` raises, with a note that names the item.
+        """
+        results: list[dict[str, Any]] = []
+        for i, inputs in enumerate(batch):
+            try:
+                results.append(self.run(inputs, **options))
+            except Exception as error:
+                error.add_note(f"in item {i} of the batch")
+                raise
+        return results
+
+    async def run_async(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
+        """`run` in an event loop: where a block's `forward` returns an awaitable it is awaited, on all levels.
+
+        Other blocks run inline. `timeout` and `cancel` also end a block that waits.
+
+        Raises: what `run` raises; CancelledError if the task is cancelled.
+        """
+        session, modes, chosen = self._opened(inputs, options)
+        return await in_time(
+            lambda scope: Held(drive_async(self, session, chosen.dry_run, scope), lambda: modes),
+            chosen.timeout,
+            chosen.cancel,
+        )
+
+    def stream(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> Generator[Chunk, None, None]:
+        """`run` as an iterator of chunks: pieces of exposed streamable outputs, at last a final one with the result.
+
+        A block gives pieces through `stream_forward`. It runs only while a chunk is asked for, so it is never ahead of
+        its consumer; `close()` on the iterator stops the run. Inside a loop there are pieces in each iteration.
+
+        Raises: what `run` raises, where a chunk is asked for.
+        """
+        session, modes, chosen = self._opened(inputs, options)
+
+        def chunks() -> Generator[Chunk, None, None]:
+            result = yield from drive_stream(self, session, chosen.dry_run)
+            yield Chunk(result, self.id, final=True)
+
+        return held(chunks(), lambda: modes)
+
+    def steps(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> Steps[Step]:
+        """`run` with a pause before each node, nodes of nested levels too: an iterator of `Step`.
+
+        Going on runs the node; `close()` stops the run; when the iterator ends, `.result` holds the outputs.
+
+        Raises: what `run` raises, where the next step is asked for.
+        """
+        session, modes, chosen = self._opened(inputs, options)
+        return Steps(held(drive_steps(self, session, chosen.dry_run), lambda: modes))
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Walk the plan with typed placeholders: same order and checks, nothing computed."""
@@ -593,55 +749,75 @@ class ExecutableGraph(Generic[Child]):
             return self.run(inputs)
         return self._execute(inputs, options_for(parent.options, parent.node_id), parent)
 
+    def _opened(
+        self, inputs: Mapping[Any, Any] | None, options: Mapping[str, Any]
+    ) -> tuple[Session, AbstractContextManager[Any], RunOptions]:
+        """A session to drive, the modes that its blocks run in, and its options; as a child where a run goes on."""
+        parent = FRAME.get() if not options else None
+        chosen = self._chosen(options) if parent is None else options_for(parent.options, parent.node_id)
+        plain = parent is not None or chosen.dry_run
+        modes = nullcontext() if plain else _modes(self, self.plan(), chosen.training)
+        return self._session(inputs or {}, chosen, parent), modes, chosen
+
     def _execute(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> dict[str, Any]:
+        session = self._session(inputs, options, parent)
+        if parent is not None or options.dry_run:
+            return drive(self, session, options.dry_run)
+        with _modes(self, self.plan(), options.training):
+            return drive(self, session, False)
+
+    def _session(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> Session:
+        """The walk with all around it, for a driver: yields `(call, inputs)`, is sent outputs, gives the result.
+
+        The frame of the calls is the current one while the session waits for outputs.
+        """
         plan = self.plan()
         values = self._bind(plan, inputs)
+        root = parent is None and not options.dry_run
+        if root and options.device is not None:
+            self.to(options.device)
+            values = _moved(values, options.device)
         frame = Frame(self.level, self.id, options, parent, tuple(self.hooks))
-        token = FRAME.set(frame)
+        around = FRAME.get()
+        FRAME.set(frame)
         try:
-            if parent is not None:
-                return self._drive(plan, values, frame)
-            if options.dry_run:
-                return self._drive(plan, values, frame)
-            if options.device is not None:
-                self.to(options.device)
-                values = _moved(values, options.device)
-            with _modes(self, plan, options.training):
-                outputs = self._drive(plan, values, frame)
-            return {**outputs, **self._captured(frame)} if options.capture else outputs
+            if frame.hooks:
+                frame.emit("run_start")
+            yield from walk(plan, values, frame)
+            if self.stamp() != plan.stamp:
+                raise NodeError(f"{self.id} was changed while it ran; change structures between runs")
+            result = {
+                key: values[slot] for key, slot, optional in plan.outputs if not optional or values[slot] is not UNSET
+            }
+            if frame.hooks:
+                frame.emit("run_end", outputs=result)
+            return {**result, **self._captured(frame)} if root and options.capture else result
         finally:
-            FRAME.reset(token)
+            if FRAME.get() is frame:
+                FRAME.set(around)
 
-    def _drive(self, plan: Plan, values: list[Any], frame: Frame) -> dict[str, Any]:
-        if frame.hooks:
-            frame.emit("run_start")
-        steps = walk(plan, values, frame)
-        dry = frame.options.dry_run
-        outputs: dict[str, Any] | None = None
-        while True:
-            try:
-                op, inputs = next(steps) if outputs is None else steps.send(outputs)
-            except StopIteration:
-                break
-            try:
-                outputs = self._dry_call(op, inputs) if dry else op.call(inputs)
-            except Exception as error:
-                steps.throw(error)
-                raise  # not reached: the walk raises
-        if self.stamp() != plan.stamp:
-            raise NodeError(f"{self.id} was changed while it ran; change structures between runs")
-        result = {
-            key: values[slot] for key, slot, optional in plan.outputs if not optional or values[slot] is not UNSET
-        }
-        if frame.hooks:
-            frame.emit("run_end", outputs=result)
-        return result
+    def session_below(self, op: Call, inputs: dict[str, Any]) -> tuple[ExecutableGraph[Any], Session] | None:
+        """The level in the called node with a session for it, under the running frame; None for a block.
 
-    def _dry_call(self, op: Call, inputs: dict[str, Any]) -> dict[str, Any]:
-        child = self.nodes[op.node_id].child
-        if isinstance(child, ExecutableGraph):
-            return cast("ExecutableGraph[Any]", child).forward(inputs)
-        return {n: Placeholder(p.types, f"{op.node_id}.{n}") for n, p in op.ports.outputs.items()}
+        For an agent with tools it is this level itself, with the session of the agent's turns.
+        """
+        if isinstance(op.call, AgentLoop):
+            return self, op.call.session(inputs)
+        node = self.nodes[op.node_id]
+        child = node.child
+        if not isinstance(child, ExecutableGraph):
+            return None
+        level = cast("ExecutableGraph[Any]", child)
+        frame = cast(Frame, FRAME.get())
+        return level, level._session(inputs, self.options_below(node, frame), frame)
+
+    def options_below(self, node: Node[Child], frame: Frame) -> RunOptions:
+        """The options of a level in `node`."""
+        return options_for(frame.options, node.node_id)
+
+    def stream_of(self, node: Node[Child]) -> Callable[[dict[str, Any]], Generator[dict[str, Any], None, dict[str, Any]]]:
+        """What gives the pieces of a block's outputs."""
+        return cast(Block, node.child).stream_forward
 
     def _captured(self, frame: Frame) -> dict[str, Any]:
         missing = [key for key in frame.options.capture if key not in frame.captured]
@@ -696,6 +872,15 @@ class ExecutableGraph(Generic[Child]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}: {len(self.nodes)} nodes, {len(self.edges)} edges>"
+
+
+def _renamed(hyperedge: HyperEdge, old: str, new: str) -> HyperEdge:
+    def moved(path: str) -> str:
+        first, slash, rest = path.partition("/")
+        return f"{new if first == old else first}{slash}{rest}"
+
+    members = tuple(m.model_copy(update={"path": moved(m.path)}) for m in hyperedge.members)
+    return hyperedge.model_copy(update={"members": members})
 
 
 def _moved(value: Any, device: Any) -> Any:

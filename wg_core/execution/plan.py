@@ -17,6 +17,7 @@ from wg_core.structure.port import UNSET, Port, aggregate
 from wg_core.structure.topology import Edge, components
 
 if TYPE_CHECKING:
+    from wg_core.execution.agent import Tool
     from wg_core.execution.executable_graph import ExecutableGraph, Node
 
 Resolve = Callable[[list[Any]], Any]
@@ -36,6 +37,7 @@ class Call:
     special: list[tuple[str, Resolve, bool]] = field(default_factory=list[tuple[str, Resolve, bool]])
     outs: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     optional_outs: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    sure_outs: int = 0  # how many outputs there are if none is optional, else -1
     free: list[int] = field(default_factory=list[int])
     reads: list[int] = field(default_factory=list[int])
 
@@ -153,6 +155,16 @@ def iteration_order(members: Sequence[str], edges: Sequence[Edge]) -> list[list[
     return components(members, following)
 
 
+def tool_edges(graph: ExecutableGraph[Any], agents: Mapping[str, Sequence[Tool]]) -> list[Edge]:
+    """What an agent waits for beside its own edges: the sources of its tools, as edges to the agent."""
+    return [
+        Edge(e.source_node, e.source_port, agent, e.target_port)
+        for agent, tools in agents.items()
+        for node_id in dict.fromkeys(tool.node_id for tool in tools)
+        for e in graph.edges_in(node_id)
+    ]
+
+
 def compile_plan(graph: ExecutableGraph[Any], stamp: Any) -> Plan:
     """Compile a valid structure."""
     return _Compiler(graph).compile(stamp)
@@ -174,6 +186,8 @@ class _Compiler:
         self.inputs: dict[str, int] = {}
         self.input_of: dict[tuple[str, str], int] = {}
         self.needed: set[int] = set()
+        self.agents = graph.agents()
+        self.before = [*self.edges, *tool_edges(graph, self.agents)]
 
     def slot(self, value: Any = UNSET) -> int:
         self.initial.append(value)
@@ -194,7 +208,7 @@ class _Compiler:
             if not self.ports[key[0]].outputs[key[1]].optional:
                 self.sure.add(slot)
         resting = graph.resting()
-        groups = [g for g in group_cycles(list(graph.nodes), self.edges) if g[1] or g[0][0] not in resting]
+        groups = [g for g in group_cycles(list(graph.nodes), self.before) if g[1] or g[0][0] not in resting]
         for members, is_loop in groups:
             if is_loop:
                 self._declare_loop(members)
@@ -224,9 +238,9 @@ class _Compiler:
     def _declare_loop(self, members: list[str]) -> None:
         graph = self.graph
         spec = graph.loop_spec(members)
-        order = list(spec.order) if spec and spec.order else [c[0] for c in iteration_order(members, self.edges)]
+        order = list(spec.order) if spec and spec.order else [c[0] for c in iteration_order(members, self.before)]
         solver = next((n for n in order if callable(getattr(graph.nodes[n].child, "iterations", None))), None)
-        num_steps, origin = _configured_steps(graph, spec, order)
+        num_steps, origin = configured_steps(graph, spec, order)
         loop = Loop(
             loop_id=spec.loop_id if spec and spec.loop_id else order[0],
             nodes=tuple(order),
@@ -264,6 +278,8 @@ class _Compiler:
             by_port.setdefault(e.target_port, []).append(e)
         for name, port in ports.inputs.items():
             self._feed(op, node, port, by_port.get(name, []))
+        if node.node_id in self.agents:
+            self._tools(op, self.agents[node.node_id])
         trashed = False
         for name, port in ports.outputs.items():
             slot = self.output_slot.get((node.node_id, name), _TRASH)
@@ -273,9 +289,31 @@ class _Compiler:
             else:
                 op.outs.append((name, slot))
                 trashed = trashed or not slot
+        op.sure_outs = -1 if op.optional_outs else len(op.outs)
         if trashed:
             op.free.append(_TRASH)
         self.program.append(op)
+
+    def _tools(self, op: Call, tools: Sequence[Tool]) -> None:
+        """Let the call of an agent run its tools; what the graph gives them is gathered for it, as `node.port`."""
+        graph = self.graph
+        calls: dict[str, Call] = {}
+        extra: dict[str, Port] = {}
+        for tool in tools:
+            if tool.node_id in calls:
+                continue
+            node, ports = graph.nodes[tool.node_id], self.ports[tool.node_id]
+            call = calls[tool.node_id] = Call(tool.node_id, graph.call_of(node), ports)
+            for name in tool.fed:
+                extra[f"{tool.node_id}.{name}"] = ports.inputs[name]
+                self._feed(call, node, ports.inputs[name], [e for e in graph.edges_in(tool.node_id) if e.target_port == name])
+            op.sure += [(f"{tool.node_id}.{name}", slot) for name, slot in call.sure]
+            op.special += [(f"{tool.node_id}.{name}", resolve, required) for name, resolve, required in call.special]
+            op.reads += call.reads
+        op.call = graph.agent_call(op, tools, calls)
+        if extra:
+            op.ports = copy.copy(op.ports)
+            op.ports.inputs = {**op.ports.inputs, **extra}
 
     def _feed(self, op: Call, node: Node[Any], port: Port, edges: list[Edge]) -> None:
         """Decide where the value of one input comes from: edges, then an exposed input, then a default."""
@@ -385,7 +423,7 @@ class _Compiler:
                 op.loop.seed_free.append(slot)
 
 
-def _configured_steps(graph: ExecutableGraph[Any], spec: Any, order: Sequence[str]) -> tuple[int | None, str]:
+def configured_steps(graph: ExecutableGraph[Any], spec: Any, order: Sequence[str]) -> tuple[int | None, str]:
     """The number of steps that the structure itself names, and where."""
     if spec and spec.num_steps is not None:
         return spec.num_steps, "loops"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
-from wg_core.errors import ValidationError
-from wg_core.execution.plan import group_cycles, iteration_order
+from wg_core.errors import ValidationError, did_you_mean
+from wg_core.execution.hyper import links_below, problems
+from wg_core.execution.plan import configured_steps, group_cycles, iteration_order
+from wg_core.structure.ids import ID_PATTERN
 from wg_core.structure.port import UNSET, Port
 from wg_core.structure.topology import Edge, find_cycle
 
@@ -105,6 +108,7 @@ class _Checks:
         return path
 
     def all(self) -> Iterator[Issue]:
+        yield from self.ids()
         if not self.graph.nodes:
             yield self.error("EMPTY", f"this {self.graph.level} has no nodes", "add one with add_node")
             return
@@ -117,13 +121,28 @@ class _Checks:
         yield from self.edges()
         yield from self.reach()
         yield from self.models()
+        yield from self.hyper()
+
+    def ids(self) -> Iterator[Issue]:
+        """Ids that were set past the methods that check them."""
+        graph = self.graph
+        named = [(f"{graph.level} id", graph.id), *(("node id", n) for n in graph.nodes)]
+        named += [("loop id", spec.loop_id) for spec in graph.loops]
+        named += [("exposed name", x.name) for d in ("in", "out") for x in graph.exposures(d, explicit=True) if x.name is not None]
+        named += [("hyperedge id", h.id) for h in graph.hyperedges]
+        for what, value in named:
+            if not value.strip():
+                yield self.error("BLANK_FIELD", f"the {what} is blank", "give it a name")
+            elif not re.fullmatch(ID_PATTERN, value):
+                hint = "use a letter or '_' first, then letters, digits and '_', at most 64 in all"
+                yield self.error("BAD_ID", f"bad {what} {value!r}", hint)
 
     def exposures(self) -> Iterator[Issue]:
         graph = self.graph
         by_key: dict[str, list[Port]] = {}
         for direction in ("in", "out"):
             for x in graph.exposures(direction, explicit=True):
-                port = self.ports[x.node_id].by_name.get(x.port_name) if x.node_id in self.ports else None
+                port = self.ports[x.node_id].find(x.port_name, direction) if x.node_id in self.ports else None
                 if port is None or port.direction != direction:
                     yield self.error(
                         "EXPOSURE_BROKEN", f"{direction}put {x.key!r} is bound to {x.node_id}.{x.port_name}, which does not exist",
@@ -214,6 +233,12 @@ class _Checks:
     def loop_settings(self, members: Sequence[str], inside: set[str]) -> Iterator[Issue]:
         graph = self.graph
         spec = graph.loop_spec(members)
+        if configured_steps(graph, spec, members)[0] is None:
+            name = spec.loop_id if spec and spec.loop_id else members[0]
+            yield self.warning(
+                "LOOP_STEPS", f"loop {name!r} runs once unless a run says otherwise",
+                f"set the number of its steps in loops, or give each run num_loop_steps={{{name!r}: N}}",
+            )  # fmt: skip
         if spec is None:
             return
         steps: Any = spec.num_steps
@@ -257,6 +282,12 @@ class _Checks:
                     carried.add(e.target_port)
                 else:
                     data.setdefault(e.target_port, []).append(e)
+            for name in node.defaults:
+                if name not in index.inputs:
+                    yield self.warning(
+                        "DEFAULT_UNKNOWN_PORT", f"{node_id} has a default for {name!r}, which is none of its inputs",
+                        f"take it away, or correct it; {did_you_mean(name, index.inputs)}", node=node_id,
+                    )  # fmt: skip
             for name, port in index.inputs.items():
                 fed = name in data or name in node.defaults or (node_id, name) in self.exposed_in
                 if port.required and not fed and name not in carried and node_id not in self.resting:
@@ -304,7 +335,7 @@ class _Checks:
 
     def reach(self) -> Iterator[Issue]:
         graph = self.graph
-        outward = {x.node_id for x in graph.exposures("out")}
+        outward = {x.node_id for x in graph.exposures("out")} | self.resting
         waiting = list(outward)
         while waiting:
             for e in graph.edges_in(waiting.pop()):
@@ -320,6 +351,20 @@ class _Checks:
                     node=node_id,
                 )
 
+        begun = {n for n, _ in self.exposed_in}
+        begun |= {n for n in graph.nodes if all(not p.required or k in graph.nodes[n].defaults for k, p in self.ports[n].inputs.items())}
+        waiting = list(begun)
+        while waiting:
+            for e in graph.edges_out(waiting.pop()):
+                if e.target_node not in begun:
+                    begun.add(e.target_node)
+                    waiting.append(e.target_node)
+        for node_id in graph.nodes:
+            if node_id not in begun and node_id not in self.resting:
+                yield self.warning(
+                    "UNREACHABLE", f"no input and no source leads to {node_id}", "join an edge to it, or expose an input", node=node_id
+                )
+
     def models(self) -> Iterator[Issue]:
         owners: dict[tuple[str, ...], Any] = {}
         for block in self.graph.iter_blocks():
@@ -333,3 +378,16 @@ class _Checks:
                     f"two blocks hold the model {key[2]!r}",
                     "build them through one pool, or set reuse: false in one",
                 )
+
+    def hyper(self) -> Iterator[Issue]:
+        for hyperedge, problem in problems(self.graph):
+            yield self.error(
+                "HYPER_MEMBER", f"{hyperedge.kind} {hyperedge.id!r}: {problem}", "change its members, or add it with add_hyperedge"
+            )
+        resolvers = self.graph.resolvers
+        for path, link in links_below(self.graph) if resolvers is not None else ():
+            if resolvers is not None and not resolvers.knows(link):
+                yield self.warning(
+                    "LINK_UNRESOLVED", f"link to {link} leads nowhere here", "register a resolver, or correct the link",
+                    **({"node": path} if path else {}),
+                )  # fmt: skip

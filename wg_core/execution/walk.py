@@ -60,7 +60,7 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
             try:
                 for port, slot in op.outs:
                     values[slot] = outputs[port]
-                if op.optional_outs or len(outputs) != len(op.outs):
+                if len(outputs) != op.sure_outs:
                     check_outputs(f"{frame.path}/{op.node_id}", op.ports.outputs, outputs)
                     for port, slot in op.optional_outs:
                         values[slot] = outputs.get(port, UNSET)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -12,13 +12,23 @@ from wg_core.assembly.models import GraphEntry
 from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.assembly.roles import WeightAdapter, role_of
-from wg_core.assembly.tools import tool_entry
+from wg_core.assembly.tools import entry_options, tool_entry, tool_of
 from wg_core.assembly.wiring import WiredGraph
 from wg_core.errors import ConfigError, NodeError, ToolError, UnknownBlockTypeError, did_you_mean
+from wg_core.execution.agent import Tool, is_agentic
 from wg_core.execution.block import Block
 from wg_core.execution.executable_graph import Node
+from wg_core.execution.plan import iteration_order, tool_edges
 from wg_core.execution.validate import Issue, ValidationResult
 from wg_core.levels.level import Level
+
+# task_kind -> the roles of which a graph of this kind has one
+_EXPECTED: dict[str, tuple[str, ...]] = {
+    "diffusion": ("solver",),
+    "llm": ("llm", "agent"),
+    "vlm": ("vlm", "llm"),
+    "agent": ("agent",),
+}
 
 
 class Graph(Level[Block], WiredGraph):
@@ -112,7 +122,9 @@ class Graph(Level[Block], WiredGraph):
         tools = met if role == "agent" else [node_id] * bool(met)
         known = {entry.get("node") for entry in self.tools.values()}
         return {
-            t: tool_entry(self.id, t, t, self.nodes[t].child) for t in tools if t not in known and t not in self.tools
+            t: tool_entry(self.id, t, t, self.nodes[t].child, fed=self._fed(t))
+            for t in tools
+            if t not in known and t not in self.tools
         }
 
     def add_tool(
@@ -123,8 +135,12 @@ class Graph(Level[Block], WiredGraph):
         description: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         result_port: str | None = None,
+        timeout: float | None = None,
     ) -> None:
         """Let agents of this graph call a node, under `tool_id`; `parameters` is a JSON schema of its arguments.
+
+        By default the arguments are the inputs that the graph does not feed, the result is the only output, and the
+        description is the first line of the block's. `timeout` is in seconds, for each call.
 
         Raises: ToolError for a bad or taken id or a node that cannot be called, NodeError for an unknown node.
         """
@@ -134,7 +150,7 @@ class Graph(Level[Block], WiredGraph):
             )
         self.tools[tool_id] = tool_entry(
             self.id, tool_id, node_id, self.get_node(node_id).child,
-            description=description, parameters=parameters, result_port=result_port,
+            description=description, parameters=parameters, result_port=result_port, timeout=timeout, fed=self._fed(node_id),
         )  # fmt: skip
         self.version += 1
 
@@ -160,7 +176,7 @@ class Graph(Level[Block], WiredGraph):
     def resting(self) -> frozenset[str]:
         """Nodes that no plan calls: tools (the agent calls them) and adapters that live in another block's weights."""
         tools = {entry.get("node") for entry in self.tools.values()}
-        used = {x.node_id for direction in ("in", "out") for x in self.exposures(direction, explicit=True)}
+        used = {x.node_id for x in self.exposures("out", explicit=True)}
         return frozenset(
             n
             for n, node in self.nodes.items()
@@ -168,32 +184,93 @@ class Graph(Level[Block], WiredGraph):
             or (not node.child.port_index.by_name and role_of(node.child) == "adapter")
         )
 
+    def agents(self) -> dict[str, list[Tool]]:
+        """The agents whose tools the graph runs, each with those that it may call.
+
+        An agent in a graph without tools is one of them too, unless its `tool_calls` are taken care of outside.
+        """
+        found: dict[str, list[Tool]] = {}
+        for node_id, node in self.nodes.items():
+            if not is_agentic(node.child) or not (self.tools or self._unheard(node_id)):
+                continue
+            allowed = _allowed(node.child)
+            found[node_id] = [self._tool(t) for t in self.tools if allowed is None or t in allowed]
+        return found
+
+    def _unheard(self, node_id: str) -> bool:
+        ends = [(e.source_node, e.source_port) for e in self.edges_out(node_id)]
+        ends += [(x.node_id, x.port_name) for x in self.exposures("out")]
+        return (node_id, "tool_calls") not in ends
+
+    def _tool(self, tool_id: str) -> Tool:
+        entry = self.tools[tool_id]
+        node = self.nodes[entry["node"]]
+        return tool_of(tool_id, entry, node.child, node.defaults, self._fed(node.node_id))
+
+    def _fed(self, node_id: str) -> list[str]:
+        """The inputs of a node that have their value from an edge or from outside."""
+        ports = [e.target_port for e in self.edges_in(node_id) if not e.carry]
+        ports += [x.port_name for x in self.exposures("in", explicit=True) if x.node_id == node_id]
+        return list(dict.fromkeys(ports))
+
+    def _tool_problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with tools and agents, with the way out."""
+        agents = {n: node.child for n, node in self.nodes.items() if is_agentic(node.child)}
+        if self.tools and not agents:
+            yield "it has tools but no agent to call them", "add an agent"
+        broken = False
+        for tool_id, entry in self.tools.items():
+            name: Any = entry.get("node")
+            try:
+                options = entry_options(self.id, tool_id, entry)
+                if not isinstance(name, str) or name not in self.nodes:
+                    raise ToolError(f"tool {tool_id!r} is node {name!r}, which does not exist")
+                fed = {*self._fed(name), *self.nodes[name].defaults}
+                tool_entry(self.id, tool_id, name, self.nodes[name].child, **options, fed=fed, finished=True)
+            except ToolError as error:
+                broken = True
+                yield str(error), "mend the tool, or drop it"
+        for node_id, agent in agents.items():
+            allowed = _allowed(agent) or []
+            for tool_id in dict.fromkeys(allowed):
+                if tool_id not in self.tools:
+                    yield f"agent {node_id!r} may call {tool_id!r}, which is no tool", did_you_mean(tool_id, self.tools)
+            if len(set(allowed)) != len(allowed):
+                yield f"agent {node_id!r} lists a tool twice: {', '.join(allowed)}", "name each once"
+        if not broken:
+            yield from self._tool_cycles()
+
+    def _tool_cycles(self) -> Iterator[tuple[str, str]]:
+        """What a tool is given may not wait for the agent that calls it."""
+        waits = tool_edges(self, self.agents())
+        if not waits:
+            return
+        before = [set(c) for c in iteration_order(list(self.nodes), self.edges)]
+        for members in iteration_order(list(self.nodes), [*self.edges, *waits]):
+            if len(members) > 1 and set(members) not in before:
+                yield f"a tool's input waits for the agent that calls it: {', '.join(members)}", "remove the tool's edge"
+        for edge in waits:
+            if edge.source_node == edge.target_node:
+                said = f"agent {edge.source_node!r} feeds input {edge.target_port!r} of its own tool"
+                yield said, "remove the edge; the agent gives values as arguments"
+
     def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
         """Check the whole structure without loading or running anything; `deep` goes into children.
 
         Raises: ValidationError with all errors, if `strict`.
         """
         result = super().validate(strict=False, deep=deep)
-        agents = any(role_of(node.child) == "agent" for node in self.nodes.values()) if self.tools else True
-        if not agents:
-            result.issues.append(
-                Issue("error", "AGENT_TOOLS", self.id, "it has tools but no agent to call them", "add an agent")
-            )
-        for tool_id, entry in self.tools.items():
-            node = self.nodes.get(entry.get("node", ""))
-            try:
-                if node is None:
-                    raise ToolError(f"tool {tool_id!r} is node {entry.get('node')!r}, which does not exist")
-                tool_entry(self.id, tool_id, node.node_id, node.child, result_port=entry.get("result_port"))
-            except ToolError as error:
-                result.issues.append(
-                    Issue("error", "AGENT_TOOLS", self.id, str(error), "add the node, or drop the tool")
-                )
+        for said, way_out in self._tool_problems():
+            result.issues.append(Issue("error", "AGENT_TOOLS", self.id, said, way_out))
         for node in self.nodes.values():
             if isinstance(node.child, WeightAdapter) and node.child.target not in self.nodes:
                 said = f"its target {node.child.target!r} is no node; {did_you_mean(node.child.target, self.nodes)}"
                 place = f"{self.id}/{node.node_id}"
                 result.issues.append(Issue("error", "ADAPTER_TARGET", place, said, "add that node, or remove the adapter"))
+        expected = _EXPECTED.get(self.task_kind or "")
+        if expected and self.nodes and not any(role_of(block) in expected for block in self.iter_blocks()):
+            said = f"a graph of task_kind {self.task_kind!r} has a block of role {' or '.join(expected)}, this one has none"
+            result.issues.append(Issue("warning", "TASK_SHAPE", self.id, said, "add one, or correct task_kind"))
         if not result.is_valid:
             self._valid_stamp = None
             if strict:
@@ -232,9 +309,7 @@ class Graph(Level[Block], WiredGraph):
     @classmethod
     def from_entry(cls, entry: GraphEntry, build: Build) -> Self:
         graph = cls(entry.id, task_kind=entry.task_kind, metadata=entry.metadata)
-        graph.tools = {
-            t: dict(tool) if isinstance(tool, Mapping) else {"node": tool} for t, tool in entry.tools.items()
-        }
+        graph.tools = {t: tool.model_dump(exclude_none=True) for t, tool in entry.tools.items()}
         fill_graph(graph, entry.nodes, build)
         fill_level(graph, entry, build)
         for lost in graph.wiring_report.skipped:
@@ -249,3 +324,9 @@ class Graph(Level[Block], WiredGraph):
         if self.tools:
             config["tools"] = dict(self.tools)
         return config
+
+
+def _allowed(agent: Block) -> list[str] | None:
+    """The tools that an agent may call; None for all."""
+    tools: Any = getattr(agent, "tools", None)
+    return list(cast("Sequence[str]", tools)) if isinstance(tools, (list, tuple)) else None

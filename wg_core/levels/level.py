@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import secrets
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import yaml
 
 from wg_core.assembly.build import Build, checked_entry, open_document, parse_document
+from wg_core.assembly.contract import contract_hash
 from wg_core.assembly.loader import Document, Dumper
 from wg_core.assembly.models import SCHEMA_VERSION
 from wg_core.assembly.pool import ModelPool, default_pool
@@ -21,15 +23,20 @@ from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.assembly.roles import WeightAdapter
 from wg_core.assembly.template import default_templates
 from wg_core.errors import CheckpointError, NodeError, StateDictError
-from wg_core.execution.block import Block, LoadReport
-from wg_core.execution.context import FRAME, options_for
+from wg_core.execution.block import Block, LoadReport, take_over
+from wg_core.execution.context import FRAME, Frame, RunOptions
+from wg_core.execution.drive import Held, held
 from wg_core.execution.executable_graph import Child, ExecutableGraph, Node
+from wg_core.state.canonical import sha256_json
 from wg_core.state.files import TEMP_PREFIX, make_folder, write_file
 from wg_core.structure.ids import safe_path
 from wg_core.weights.checkpoint import INDEX, file_hash, load_checkpoint, open_folder, put_folder, save_checkpoint
 from wg_core.weights.lora import active
 from wg_core.weights.module import ModuleBlock, frozen_forward
 from wg_core.weights.tree import sub_paths, unique
+
+if TYPE_CHECKING:
+    from wg_core.levels.remote import Remote
 
 MANIFEST = "manifest.json"
 _CHECKPOINTS = {"dir": "checkpoint", "archive": "checkpoint.zip"}
@@ -88,6 +95,15 @@ class Written:
     def _from_document(cls, document: Document, registry: BlockRegistry | None, pool: ModelPool | None) -> Self:
         build = Build(registry or default_registry(), default_pool() if pool is None else pool, {}, document)
         return cls.from_entry(checked_entry(document, cls.kind), build)
+
+    def hashed(self) -> dict[str, Any]:
+        """What decides how this level runs, as plain data; children that are levels stand in it as their hashes."""
+        return self.to_config()
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of everything that decides how this level runs, wherever its children run."""
+        return sha256_json(self.hashed())
 
     def save_config(self, path: Path | str) -> Path:
         """Write `to_config()` as YAML."""
@@ -175,6 +191,14 @@ class Written:
 class Level(Written, ExecutableGraph[Child]):
     """An executable graph that can be written down, loaded and trained."""
 
+    def contract_hash(self) -> str:
+        """Hash of the external ports: what may stand in for this level has the same."""
+        return contract_hash(self)
+
+    def remotes(self) -> Iterator[Remote]:
+        """The parts of this level, at any depth, that run elsewhere."""
+        return iter(())
+
     _adapted = False  # whether a weight adapter was ever added
 
     # ---- state and training ----------------------------------------------------------------------------------------
@@ -183,10 +207,33 @@ class Level(Written, ExecutableGraph[Child]):
         """What runs a child; in training, a child that is not trainable here runs with its weights held still."""
         child = cast("Block | Level[Any]", node.child)
         if isinstance(child, Level):
-            return _level_call(cast(Any, node))
+            return self._level_call(node, child)
         if any(isinstance(b, ModuleBlock) for b in child.iter_blocks()):
-            return _module_call(cast(Any, node), frozenset(id(a) for a, t in self._hanging() if t is child))
+            return _module_call(cast(Any, node), self._adapters_of(child))
         return child.forward
+
+    def _level_call(self, node: Node[Child], child: Level[Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def call(inputs: dict[str, Any]) -> dict[str, Any]:
+            frame = FRAME.get()
+            return child._execute(inputs, self.options_below(node, frame), frame) if frame else child.run(inputs)
+
+        return call
+
+    def options_below(self, node: Node[Child], frame: Frame) -> RunOptions:
+        """The options of a level in `node`; what is not trainable here runs as outside training."""
+        options = super().options_below(node, frame)
+        return replace(options, training=False) if options.training and not node.trainable else options
+
+    def stream_of(self, node: Node[Child]) -> Callable[[dict[str, Any]], Generator[dict[str, Any], None, dict[str, Any]]]:
+        """What gives the pieces of a block's outputs, with the adapters that work on it here."""
+        block = cast(Block, node.child)
+        adapters = self._adapters_of(block)
+        if not adapters:
+            return block.stream_forward
+        return lambda inputs: held(block.stream_forward(inputs), lambda: active(adapters))
+
+    def _adapters_of(self, child: Any) -> frozenset[int]:
+        return frozenset(id(a) for a, t in self._hanging() if t is child)
 
     def insert_node(self, child: Child, node_id: str, **more: Any) -> str:
         """Add a ready child under `node_id`; a weight adapter hangs on to its target as soon as both are there.
@@ -278,10 +325,8 @@ class Level(Written, ExecutableGraph[Child]):
             raise StateDictError(
                 f"{self.id} cannot load this state: missing {list(missing)}, unexpected {list(unexpected)}, wrong shape {wrong}"
             )
-        for path, block in self.keyed_blocks().items():
-            own = {k: state.get(f"{path}:{k}", v) for k, v in block.own_state_dict().items()}
-            if own:
-                block.load_own_state_dict(own)
+        owned = [(path, block, block.own_state_dict()) for path, block in self.keyed_blocks().items()]
+        take_over([(block, {k: state.get(f"{path}:{k}", v) for k, v in own.items()}) for path, block, own in owned if own])
         return LoadReport(missing, unexpected)
 
     def set_trainable(self, path: str, trainable: bool = True, *, freeze_others: bool = False) -> None:
@@ -319,18 +364,6 @@ class Level(Written, ExecutableGraph[Child]):
                     yield f"{node_id}{separator}{name}", parameter
 
 
-def _level_call(node: Node[Level[Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    level = node.child
-
-    def call(inputs: dict[str, Any]) -> dict[str, Any]:
-        frame = FRAME.get()
-        if node.trainable or frame is None or not frame.options.training:
-            return level.forward(inputs)
-        return level._execute(inputs, replace(options_for(frame.options, node.node_id), training=False), frame)
-
-    return call
-
-
 def _module_call(node: Node[Block], adapters: frozenset[int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     block = node.child
 
@@ -340,8 +373,9 @@ def _module_call(node: Node[Block], adapters: frozenset[int]) -> Callable[[dict[
             return block.forward(inputs)
         return frozen_forward(block, inputs)
 
-    def adapted_call(inputs: dict[str, Any]) -> dict[str, Any]:
+    def adapted_call(inputs: dict[str, Any]) -> Any:
         with active(adapters):
-            return call(inputs)
+            outputs: Any = call(inputs)
+        return Held(outputs, lambda: active(adapters)) if inspect.iscoroutine(outputs) else outputs
 
     return adapted_call if adapters else call

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from wg_core.assembly.build import Build, fill_level
 from wg_core.assembly.models import StageEntry
-from wg_core.errors import ConfigError, OutputContractError, did_you_mean
-from wg_core.execution.context import FRAME
+from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputError, did_you_mean
+from wg_core.execution.context import FRAME, Frame, RunOptions
+from wg_core.execution.drive import Session
 from wg_core.execution.executable_graph import Spec
 from wg_core.levels.graph import Graph
-from wg_core.levels.pipeline import Nested, Pipeline
+from wg_core.levels.pipeline import Nested, Pipeline, here_or_there
+from wg_core.levels.remote import Remote
 from wg_core.state.state import BLOCKS, State, block_name
 
 SOURCES = ("world", "action", "schema")
@@ -55,7 +58,7 @@ def why_not(state: State, reads: Sequence[str], writes: Sequence[str]) -> str:
     return ""
 
 
-class Stage(Nested[Pipeline]):
+class Stage(Nested[Pipeline | Remote]):
     """A directed acyclic graph of pipelines, and which blocks of the state it reads and writes.
 
     `inputs` maps a pipeline input to `world`, `action`, `schema` (the JSON schema of what is to be written) or a
@@ -85,8 +88,8 @@ class Stage(Nested[Pipeline]):
         self._given_inputs = dict(inputs or {})
         self._given_outputs = dict(outputs or {})
 
-    def add_pipeline(self, pipeline: Pipeline | Graph, node_id: str | None = None, **more: Any) -> str:
-        """Add a pipeline (or a graph, as a pipeline of one); the id defaults to its own."""
+    def add_pipeline(self, pipeline: Pipeline | Graph | Remote, node_id: str | None = None, **more: Any) -> str:
+        """Add a pipeline (or a graph, as a pipeline of one), or the proxy of a remote one; the id defaults to its own."""
         if isinstance(pipeline, Graph):
             pipeline = Pipeline.from_graph(pipeline)
         return self.insert_node(pipeline, node_id or pipeline.id, **more)
@@ -158,17 +161,25 @@ class Stage(Nested[Pipeline]):
         reason = why_not(state, self.reads, self.writes)
         if reason:
             return StageResult(state, False, reason)
-        sources = {"world": world, "action": action, "schema": schema}
-        inputs: dict[str, Any] = {}
-        for key, source in self.input_mapping().items():
-            value = sources[source] if source in sources else state.read(source)
-            if value is not None:
-                inputs[key] = value
+        inputs = self._given(state, {"world": world, "action": action, "schema": schema})
         frame = FRAME.get()
         before = {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
         started = time.perf_counter()
         outputs = super().run(inputs, **options)
         seconds = time.perf_counter() - started
+        return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before))
+
+    def _given(self, state: State, sources: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pipelines are given."""
+        inputs: dict[str, Any] = {}
+        for key, source in self.input_mapping().items():
+            value = sources.get(source) if source in SOURCES else state.read(source)
+            if value is not None:
+                inputs[key] = value
+        return inputs
+
+    def _written(self, state: State, outputs: Mapping[str, Any]) -> State:
+        """The state with what the pipelines made. Raises: OutputContractError if a declared block stays empty."""
         for block, value in self._collect(outputs).items():
             state = state.put(block, value)
         empty = [b for b in self.writes if b not in state.filled_names()]
@@ -176,8 +187,20 @@ class Stage(Nested[Pipeline]):
             raise OutputContractError(
                 f"stage {self.id!r} ran but left {', '.join(empty)} empty; it declares writes {list(self.writes)}"
             )
-        usage = _difference(frame.usage, before) if frame is not None else {}
-        return StageResult(state, True, "", seconds, usage)
+        return state
+
+    def _opened(
+        self, inputs: Mapping[Any, Any] | None, options: Mapping[str, Any]
+    ) -> tuple[Session, AbstractContextManager[Any], RunOptions]:
+        """The pipelines' session between the two mappings; pieces of a stream are keyed by pipeline output."""
+        state, sources = _state_of(inputs)
+        ready = not why_not(state, self.reads, self.writes)
+        session, modes, chosen = super()._opened(self._given(state, sources) if ready else {}, options)
+
+        def whole() -> Session:
+            return {"state": self._written(state, (yield from session)) if ready else state}
+
+        return whole(), modes, chosen
 
     def _collect(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         blocks: dict[str, Any] = {}
@@ -197,11 +220,8 @@ class Stage(Nested[Pipeline]):
 
     def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """The common contract: `{"state", "world"?, "action"?, "schema"?}` in, `{"state"}` out."""
-        given = dict(inputs or {})
-        state = given.pop("state", None) or State()
-        if not isinstance(state, State):
-            state = State.of(state)
-        return {"state": self.step(state, **given, **options).state}
+        state, sources = _state_of(inputs)
+        return {"state": self.step(state, **sources, **options).state}
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Check the mapping and walk the pipelines with placeholders; gives the written blocks' placeholders."""
@@ -223,7 +243,11 @@ class Stage(Nested[Pipeline]):
     # ---- configuration -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_entry(cls, entry: StageEntry, build: Build) -> Self:
+    def from_entry(cls, entry: StageEntry, build: Build) -> Stage:
+        if entry.place() is not None:
+            from wg_core.levels.remote_stage import RemoteStage
+
+            return RemoteStage.of_entry(entry, build)
         try:
             stage = cls(
                 entry.id or entry.role or "stage", role=entry.role, reads=entry.reads, writes=entry.writes,
@@ -233,7 +257,7 @@ class Stage(Nested[Pipeline]):
             raise build.error(error) from error
         if entry.graph is not None:
             stage.add_pipeline(Graph.from_entry(entry.graph, build.at("graph")))
-        fill_level(stage, entry, build, Pipeline.from_entry if entry.nodes is not None else None)
+        fill_level(stage, entry, build, here_or_there(Pipeline.from_entry) if entry.nodes is not None else None)
         try:
             stage.input_mapping()
             stage.output_mapping()
@@ -241,8 +265,11 @@ class Stage(Nested[Pipeline]):
             raise build.error(error) from error
         return stage
 
-    def to_config(self) -> dict[str, Any]:
-        config = super().to_config()
+    def hashed(self) -> dict[str, Any]:
+        return {**super().hashed(), **self.mapping_config()}
+
+    def mapping_config(self) -> dict[str, Any]:
+        """The contract over the state, as a file writes it."""
         contract = CONTRACTS.get(self.role)
         parts: dict[str, Any] = {
             "role": self.role,
@@ -251,7 +278,10 @@ class Stage(Nested[Pipeline]):
             "inputs": self._given_inputs,
             "outputs": self._given_outputs,
         }
-        config.update({k: v for k, v in parts.items() if v})
+        return {k: v for k, v in parts.items() if v}
+
+    def to_config(self) -> dict[str, Any]:
+        config = {**super().to_config(), **self.mapping_config()}
         lone = self._lone_graph()
         if lone is not None:
             del config["nodes"]
@@ -263,16 +293,30 @@ class Stage(Nested[Pipeline]):
             return None
         ((node_id, node),) = self.nodes.items()
         pipeline = node.child
-        if len(pipeline.nodes) != 1:
+        if isinstance(pipeline, Remote) or len(pipeline.nodes) != 1:
             return None
         ((graph_id, inner),) = pipeline.nodes.items()
+        if isinstance(inner.child, Remote):
+            return None
         plain = (
             not (node.defaults or inner.defaults or self.edges or pipeline.edges) and node.trainable and inner.trainable
         )
+        plain = plain and not (node.links or inner.links or pipeline.links or pipeline.hyperedges or self.hyperedges)
+        plain = plain and not (pipeline.title or pipeline.metadata)
         plain = plain and not any(
             level.exposures(d, explicit=True) for level in (cast("Nested[Any]", self), pipeline) for d in ("in", "out")
         )
         return inner.child if plain and node_id == graph_id == inner.child.id == pipeline.id else None
+
+
+def _state_of(inputs: Mapping[Any, Any] | None) -> tuple[State, dict[str, Any]]:
+    """The state in the inputs of a stage, and what is beside it. Raises: UnexpectedInputError."""
+    given = dict(inputs or {})
+    state = given.pop("state", None) or State()
+    for key in given:
+        if key not in SOURCES:
+            raise UnexpectedInputError(f"a stage has no input {key!r}; {did_you_mean(str(key), ('state', *SOURCES))}")
+    return state if isinstance(state, State) else State.of(state), given
 
 
 def _entry(key: str, type_name: str, required: bool) -> Spec:
@@ -282,8 +326,8 @@ def _entry(key: str, type_name: str, required: bool) -> Spec:
     }  # fmt: skip
 
 
-def _difference(
-    now: Mapping[str, Mapping[str, int]], before: Mapping[str, Mapping[str, int]]
-) -> dict[str, dict[str, int]]:
+def usage_since(frame: Frame | None, before: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Model use that a run's ledger holds and `before` does not."""
+    now = frame.usage if frame is not None else {}
     rows = {m: {k: v - before.get(m, {}).get(k, 0) for k, v in row.items()} for m, row in now.items()}
     return {m: row for m, row in rows.items() if any(row.values())}

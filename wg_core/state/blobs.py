@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from wg_core.errors import ConfigError, CorruptSnapshotError
@@ -10,7 +11,9 @@ from wg_core.execution.blobs import BlobStore, MemoryBlobs
 from wg_core.state.canonical import is_sha256, sha256_bytes
 from wg_core.state.files import sync_folder, write_file
 
-__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs"]
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "OverBlobs"]
+
+FRESH_S = 600.0
 
 
 class FileBlobs:
@@ -40,8 +43,9 @@ class FileBlobs:
         sha = sha256_bytes(data)
         path = self.path(sha)
         try:
-            stored = path.stat().st_size == len(data)
-            if stored and sha not in self._durable:
+            stat = path.stat()
+            stored = stat.st_size == len(data)
+            if stored and time.time() - stat.st_mtime > FRESH_S:
                 os.utime(path)  # in use again: `gc` spares what is young
         except FileNotFoundError:
             stored = False
@@ -77,3 +81,26 @@ class FileBlobs:
     def has(self, sha: str) -> bool:
         """Whether a file of `sha` is stored (its bytes are checked by `get`)."""
         return self.path(sha).is_file()
+
+
+class OverBlobs(FileBlobs):
+    """Blobs in a folder that lies over another store: what is not here is read there, and nothing is written there."""
+
+    def __init__(self, root: Path | str, below: FileBlobs) -> None:
+        super().__init__(root)
+        self.below = below
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OverBlobs) and (other.root, other.below) == (self.root, self.below)
+
+    __hash__ = FileBlobs.__hash__
+
+    def put(self, data: bytes) -> str:
+        sha = sha256_bytes(data)
+        return sha if self.below.has(sha) else super().put(data)
+
+    def get(self, sha: str) -> bytes:
+        return super().get(sha) if super().has(sha) else self.below.get(sha)
+
+    def has(self, sha: str) -> bool:
+        return super().has(sha) or self.below.has(sha)

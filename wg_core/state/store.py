@@ -304,8 +304,11 @@ class SnapshotStore:
         """The JSON Patch (RFC 6902) from the document of `a` to that of `b`, which may lie in another store."""
         import jsonpatch
 
-        patch = jsonpatch.make_patch(self.document(a), (other or self).document(b))
-        return cast("list[dict[str, Any]]", list(patch))
+        first, second = (
+            parse_json(canonical_bytes(store.document(s))) for store, s in ((self, a), (other or self, b))
+        )  # in the order of keys that a stored document has
+        patch = jsonpatch.make_patch(first, second)
+        return list(patch)
 
     def gc(
         self,
@@ -350,9 +353,7 @@ def _first_fault(sha: str, read: Callable[[], object], checked: dict[str, str | 
     return checked[sha]
 
 
-def _chain_problem(
-    last: Snapshot | None, snapshot: Snapshot, pruned: Mapping[int, str] | None = None
-) -> str | None:
+def _chain_problem(last: Snapshot | None, snapshot: Snapshot, pruned: Mapping[int, str] | None = None) -> str | None:
     """Why `snapshot` cannot stand after `last`, None if it can; `pruned` are the ids of removed steps."""
     before = (pruned or {}).get(snapshot.step - 1)
     if before is not None and (last is None or last.step < snapshot.step - 1):

@@ -79,7 +79,7 @@ def gc(
     grace_s: float = GRACE_S,
     dry_run: bool = False,
 ) -> Removed:
-    """Remove blobs that no snapshot, journal or removed step's successor names, at least `grace_s` seconds old.
+    """Remove blobs that no snapshot and no journal of the store names, if they are at least `grace_s` seconds old.
 
     With `max_snapshots` the history of `world_id` keeps its last so many steps and those that forks of it began from;
     the ids of removed steps are kept, so that the chain can still be verified. Nobody may write meanwhile.

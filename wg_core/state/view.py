@@ -73,7 +73,8 @@ class WorldView:
         """Whole items `{text, source}`, most important first: style, rules, description, last events, what is relevant.
 
         Relevance is lexical (Okapi BM25, Robertson and Zaragoza 2009). Without a query, or when nothing matches, what
-        changed last comes first. The text of an item is never cut; `limit` bounds their number.
+        changed last comes first. Of linked worlds, the passage nearest to the query stands before the last events. The
+        text of an item is never cut; `limit` bounds their number.
         """
         found: list[dict[str, str]] = []
         if self.style:
@@ -82,6 +83,10 @@ class WorldView:
             found.append({"text": f"Rule: {_body(record)}", "source": f"rule:{record['id']}"})
         if self.description:
             found.append({"text": self.description, "source": "description"})
+        candidates = self._ranked(query)
+        quoted = next((c for c in candidates if c.linked), None)
+        if quoted is not None:
+            found.append({"text": quoted.text, "source": quoted.source})
         recent = self.last(RECENT)
         if self.story and len(recent) < RECENT:
             found.append({"text": self.story, "source": "story"})
@@ -90,26 +95,49 @@ class WorldView:
             if text:
                 found.append({"text": f"Step {entry['step']}: {text}", "source": f"chronicle:{entry['step']}"})
         shown = {item["source"] for item in found}
-        ranked = [c for c in self._ranked(query) if c.source not in shown]
+        ranked = [c for c in candidates if c.source not in shown]
         found += [{"text": c.text, "source": c.source} for c in ranked]
         return found[:limit] if limit is not None else found
 
-    def _ranked(self, query: str) -> list[_Candidate]:
+    @property
+    def linked_ids(self) -> list[str]:
+        """The ids of the linked worlds that can be quoted."""
+        return sorted(self._linked)
+
+    def search(self, query: str, limit: int | None = None, *, linked: str | bool | None = None) -> list[dict[str, str]]:
+        """What shares words with the query, as whole items `{text, source}`, best first; nothing where nothing does.
+
+        `linked=False` looks into this world only, True into all linked ones, an id into that one. The order is as in
+        `items`.
+        """
+        found = [c for c in self._matching(query) if linked is None or c.linked is bool(linked)]
+        if isinstance(linked, str):
+            found = [c for c in found if c.source.startswith(f"{linked}/")]
+        return [{"text": c.text, "source": c.source} for c in found[:limit]]
+
+    def _all(self) -> list[_Candidate]:
         if self._candidates is None:
-            self._candidates = _candidates(self._content, "")
+            self._candidates = _candidates(self._content)
             for world, content in sorted(self._linked.items()):
-                self._candidates += _candidates(content, f"{world}/")
-        scores = _bm25(_words(query), self._candidates)
-        order = sorted(range(len(scores)), key=lambda i: (-scores[i], -self._candidates[i].step, i))  # type: ignore[index]
-        best = [i for i in order if scores[i] > 0]
-        return [self._candidates[i] for i in best or order]
+                self._candidates += _candidates(content, world)
+        return self._candidates
+
+    def _matching(self, query: str) -> list[_Candidate]:
+        candidates = self._all()
+        scores = _bm25(_words(query), candidates)
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], -candidates[i].step, i))
+        return [candidates[i] for i in order if scores[i] > 0]
+
+    def _ranked(self, query: str) -> list[_Candidate]:
+        return self._matching(query) or sorted(self._all(), key=lambda c: -c.step)
 
 
 class _Candidate:
-    __slots__ = ("counts", "size", "source", "step", "text")
+    __slots__ = ("counts", "linked", "size", "source", "step", "text")
 
-    def __init__(self, text: str, source: str, step: int) -> None:
+    def __init__(self, text: str, source: str, step: int, linked: bool = False) -> None:
         words = _words(text)
+        self.linked = linked
         self.text = text
         self.source = source
         self.step = step
@@ -117,17 +145,28 @@ class _Candidate:
         self.size = len(words)
 
 
-def _candidates(content: WorldContent, prefix: str) -> list[_Candidate]:
+def _candidates(content: WorldContent, world: str = "") -> list[_Candidate]:
+    """What of a content may be relevant; of a linked `world` also its rules, description and chronicle."""
     found: list[_Candidate] = []
+    prefix, says = (f"{world}/", f"{world}: ") if world else ("", "")
+
+    def add(text: str, source: str, step: int = 0) -> None:
+        if text:
+            found.append(_Candidate(f"{says}{text}", f"{prefix}{source}", 0 if world else step, bool(world)))
+
     for kind in ("entity", "place", "term"):
         for record in content.records(kind):
             by = record["provenance"]
             step = max([by["created"]["step"], *(b["step"] for b in by["changed"].values())])
             name = str(record["fields"].get("name") or record["id"])
-            found.append(_Candidate(f"{name} ({kind}): {_body(record)}", f"{prefix}{kind}:{record['id']}", step))
-    for source, text in (("story", content.story), ("description", content.description if prefix else "")):
-        if text:
-            found.append(_Candidate(text, f"{prefix}{source}", 0))
+            add(f"{name} ({kind}): {_body(record)}", f"{kind}:{record['id']}", step)
+    add(content.story, "story")
+    if world:
+        add(content.description, "description")
+        for record in content.records("rule"):
+            add(f"Rule: {_body(record)}", f"rule:{record['id']}")
+        for entry in content.chronicle():
+            add(entry["narrative"].strip(), f"chronicle:{entry['step']}")
     return found
 
 

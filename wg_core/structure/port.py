@@ -83,6 +83,11 @@ def port_types() -> tuple[str, ...]:
     return tuple(_KINDS)
 
 
+def supertypes(name: str) -> frozenset[str]:
+    """The registered types that a type is accepted as, itself among them."""
+    return _SUPERTYPES[name]
+
+
 def register_port_type(name: str, *, subtype_of: str | None = None, check: Callable[[Any], bool] | None = None) -> None:
     """Register a port type; a subtype is accepted wherever its supertype is.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wg_core.errors import CheckpointError, ConfigError, StateDictError
-from wg_core.execution.block import Block, LoadReport
+from wg_core.execution.block import Block, LoadReport, take_over
 from wg_core.state.canonical import parse_json
 from wg_core.state.files import TEMP_PREFIX, make_folder, sync_folder, write_file
 from wg_core.structure.ids import safe_path
@@ -366,7 +366,7 @@ def load_checkpoint(
                 f"{source} does not fit, nothing was loaded: missing {missing}, "
                 f"unexpected {unexpected}, wrong shape or kind {wrong}"
             )
-        _apply(ready)
+        take_over(ready)
     return LoadReport(tuple(missing), tuple(unexpected))
 
 
@@ -435,28 +435,6 @@ def _unlike(own: Any, given: Any) -> bool:
     return own.shape != given.shape or (own.is_floating_point() or own.is_complex()) != (
         given.is_floating_point() or given.is_complex()
     )
-
-
-def _apply(ready: list[tuple[Block, dict[str, Any]]]) -> None:
-    """Take the states over; a block that refuses a JSON value leaves all as before.
-
-    Tensors were compared and cannot fail any more, so blocks with other values go first and are kept to go back to.
-    """
-    ready.sort(key=lambda pair: all(is_tensor(v) for v in pair[1].values()))
-    kept: list[tuple[Block, dict[str, Any]]] = []
-    try:
-        for block, state in ready:
-            if not all(is_tensor(v) for v in state.values()):
-                kept.append((block, _copied(block.own_state_dict())))
-            block.load_own_state_dict(state)
-    except BaseException:
-        for block, state in kept:
-            block.load_own_state_dict(state)
-        raise
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if is_tensor(v) else json.loads(json.dumps(v)) for k, v in state.items()}
 
 
 # ---- the doors of a block --------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class ModuleBlock(Block):
 
     _lock: threading.RLock
     _built: dict[str, nn.Module] | None = None
+    _ready: bool = False  # built and read: other threads wait for this, the building one works on `_built`
     _frozen: dict[str, bool]
     _place: tuple[Any, Any] = (None, None)
     _stamp: tuple[int, ...] = ()
@@ -60,13 +61,13 @@ class ModuleBlock(Block):
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The modules by name, built if need be."""
-        if self._built is None:
+        if not self._ready:
             self.materialize()
         return cast("dict[str, nn.Module]", self._built)
 
     @property
     def materialized(self) -> bool:
-        return self._built is not None
+        return self._ready
 
     def materialize(self) -> None:
         """Build the modules and read the weights that `checkpoint_ref` names.
@@ -82,23 +83,28 @@ class ModuleBlock(Block):
         """Build the modules; without `read_reference` weights stay fresh, for a load that replaces them all."""
         import torch
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.init_seed)
-            built = dict(self.build_modules())
-        reference = self.config.get("checkpoint_ref") if read_reference else None
-        self._built = built
-        try:
-            if reference is not None:
-                self._read(str(reference))
-            if self._place != (None, None):
-                self._move(*self._place)
-            self.mode_changed()
-            self._stamp = self._versions()
-            for adapter in self.adapters:
-                adapter.hook()
-        except BaseException:
-            self._built = None
-            raise
+        with self._lock:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.init_seed)
+                built = dict(self.build_modules())
+            reference = self.config.get("checkpoint_ref") if read_reference else None
+            self._built = built
+            try:
+                if reference is not None:
+                    self._read(str(reference))
+                if self._place != (None, None):
+                    self._move(*self._place)
+                for name, parameter in self._own_parameters():
+                    if name in self._frozen:
+                        parameter.requires_grad_(False)
+                self.mode_changed()
+                self._stamp = self._versions()
+                for adapter in self.adapters:
+                    adapter.hook()
+                self._ready = True
+            except BaseException:
+                self._built = None
+                raise
 
     def _read(self, reference: str) -> None:
         try:
@@ -114,10 +120,10 @@ class ModuleBlock(Block):
             raise CheckpointError(f"checkpoint_ref {reference!r} does not fit block {self.name!r}: {error}") from error
 
     def unload(self) -> None:
-        """Forget modules and weights; the next use builds them again."""
+        """Forget modules and weights; the next use builds them again, frozen as they were."""
         with self._lock:
             self._built = None
-            self._frozen = {}
+            self._ready = False
 
     def close(self) -> None:
         self.unload()
@@ -170,10 +176,13 @@ class ModuleBlock(Block):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        yield from self._own_parameters()
+        yield from super().named_parameters()
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, module in self.modules.items():
             for key, parameter in module.named_parameters():
                 yield f"{name}.{key}", parameter
-        yield from super().named_parameters()
 
     def mode_changed(self) -> None:
         for name, module in (self._built or {}).items():
@@ -192,17 +201,15 @@ class ModuleBlock(Block):
 
     def hold_parameters(self, prefix: str, globs: Sequence[str] | None, frozen: bool) -> int:
         hits = 0
-        for name, module in self.modules.items():
-            for key, parameter in module.named_parameters():
-                own = f"{name}.{key}"
-                if globs is not None and not any(fnmatchcase(prefix + own, g) for g in globs):
-                    continue
-                hits += 1
-                if frozen and own not in self._frozen:
-                    self._frozen[own] = parameter.requires_grad
-                    parameter.requires_grad_(False)
-                elif not frozen and own in self._frozen:
-                    parameter.requires_grad_(self._frozen.pop(own))
+        for own, parameter in self._own_parameters():
+            if globs is not None and not any(fnmatchcase(prefix + own, g) for g in globs):
+                continue
+            hits += 1
+            if frozen and own not in self._frozen:
+                self._frozen[own] = parameter.requires_grad
+                parameter.requires_grad_(False)
+            elif not frozen and own in self._frozen:
+                parameter.requires_grad_(self._frozen.pop(own))
         self.mode_changed()
         return hits + super().hold_parameters(prefix, globs, frozen)
 

@@ -1,0 +1,251 @@
+"""An agent that is driven by a language model, local or remote."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from wg_blocks.json_schema import problems
+from wg_blocks.prompt import Message, context_items
+from wg_core import Block
+from wg_core.assembly.roles import Agent
+from wg_core.errors import ConfigError, OutputContractError, StateDictError
+from wg_core.structure.port import kind_of
+
+SESSION = ("session.messages", "session.number", "session.calls", "session.tokens")
+_ROLES = ("user", "assistant", "tool")
+
+
+class LLMAgent(Agent):
+    """Asks a language model for the next tool call or the answer, one at a time, as JSON under a schema.
+
+    `llm` describes the model block (`{block_type, config}`); it is built through the same registry and pool, so agents
+    on one model share it and nothing else. `system` begins every conversation and the list of tools follows it;
+    `params` go to each call of the model.
+
+    The session keeps at most `history` messages of `history_chars` characters together, the request that is worked on
+    always among them. After `max_calls` tool calls, or `max_tokens` tokens, in one request the model may only answer.
+    A tool's result is told in at most `result_chars` characters. With `memory: run` every request begins anew.
+
+    Raises: ConfigError for a bad setting, a model block without the ports of a language model, or tools with a model
+    that takes no schema; OutputContractError for an answer that breaks the schema.
+    """
+
+    ports = Agent.ports
+
+    def __init__(
+        self,
+        *,
+        llm: Mapping[str, Any],
+        system: str = "",
+        tools: Sequence[str] | None = None,
+        memory: str = "persistent",
+        history: int = 24,
+        history_chars: int = 8000,
+        result_chars: int = 1200,
+        answer_chars: int = 600,
+        max_calls: int = 6,
+        max_tokens: int | None = None,
+        params: Mapping[str, Any] | None = None,
+        build: Callable[[Mapping[str, Any]], Block],
+    ) -> None:
+        super().__init__()
+        if memory not in ("persistent", "run"):
+            raise ConfigError(f"agent/llm: memory is 'persistent' or 'run', not {memory!r}")
+        limits = {"history": history, "history_chars": history_chars, "result_chars": result_chars, "answer_chars": answer_chars}
+        for name, value in {**limits, "max_calls": max_calls, "max_tokens": max_tokens}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"agent/llm: {name} is a whole number >= 1, not {value!r}")
+        self.llm = build(llm)
+        index = self.llm.port_index
+        if "prompt" not in index.inputs or "text" not in index.outputs:
+            raise ConfigError(
+                f"agent/llm: {self.llm.name!r} is no language model: it needs an input 'prompt' and an output 'text'"
+            )
+        self.system = system
+        self.tools = list(tools) if tools is not None else None
+        self.memory = memory
+        self.limits = limits
+        self.max_calls = max_calls
+        self.max_tokens = max_tokens
+        self.params = dict(params or {})
+        self.reset_session()
+
+    def get_sub_blocks(self) -> dict[str, Block]:
+        return {"llm": self.llm}
+
+    def reset_session(self) -> None:
+        """Forget all messages."""
+        self.messages: list[dict[str, Any]] = []
+        self.number = self.calls = self.tokens = 0
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        results = inputs.get("tool_results")
+        if results is None:
+            if self.memory == "run":
+                self.reset_session()
+            self.calls = self.tokens = 0
+            self.messages += _request(inputs["context"])
+        else:
+            self.messages += [{"role": "tool", "content": self._told(result)} for result in results]
+        self._forget()
+        schema = self._schema()
+        outputs = self.llm.forward(self._asked(inputs.get("system"), schema))
+        if outputs.__class__ is not dict and inspect.isawaitable(outputs):
+            return self._later(outputs, schema)
+        return self._answer(outputs, schema)
+
+    async def _later(self, outputs: Awaitable[dict[str, Any]], schema: dict[str, Any] | None) -> dict[str, Any]:
+        return self._answer(await outputs, schema)
+
+    def _asked(self, system: str | None, schema: dict[str, Any] | None) -> dict[str, Any]:
+        chat: list[Message] = [
+            {"role": m["role"] if m["role"] != "tool" else "user", "content": m["content"]} for m in self.messages
+        ]
+        head = "\n\n".join(filter(None, (self.system, system, self._tool_text() if schema is not None else "")))
+        ports = self.llm.port_index.inputs
+        asked: dict[str, Any] = {"prompt": chat}
+        if head and "system" in ports:
+            asked["system"] = head
+        elif head:
+            chat.insert(0, {"role": "system", "content": head})
+        if schema is not None:
+            if "schema" not in ports:
+                raise ConfigError(
+                    f"agent/llm: {self.llm.name!r} takes no schema, so tool calls cannot be asked of it; "
+                    "choose a model block with an input 'schema', or give the agent no tools (tools: [])"
+                )
+            asked["schema"] = schema
+        if self.params:
+            asked["params"] = copy.deepcopy(self.params)
+        return asked
+
+    def _schema(self) -> dict[str, Any] | None:
+        """What the model may say now: a call of a tool or an answer; only that once its budget is used up."""
+        if not self.bound:
+            return None
+        answer = {"type": "string", "minLength": 1, "maxLength": self.limits["answer_chars"]}
+        forms = [_object({"answer": answer})]
+        spent = self.max_tokens is not None and self.tokens >= self.max_tokens
+        if self.calls < self.max_calls and not spent:
+            forms = [
+                *(_object({"tool": {"type": "string", "const": t.id}, "arguments": copy.deepcopy(dict(t.parameters))}) for t in self.bound),
+                *forms,
+            ]
+        return forms[0] if len(forms) == 1 else {"anyOf": forms}
+
+    def _answer(self, outputs: Mapping[str, Any], schema: dict[str, Any] | None) -> dict[str, Any]:
+        used: Any = outputs.get("usage") or {}
+        self.tokens += sum(int(used.get(k) or 0) for k in ("prompt_tokens", "completion_tokens"))
+        text = str(outputs["text"])
+        if schema is None:
+            self.messages.append({"role": "assistant", "content": text})
+            return {"response": text}
+        said = _parsed(outputs.get("data"), text, schema, self.name)
+        self.messages.append({"role": "assistant", "content": json.dumps(said, ensure_ascii=False)})
+        if "answer" in said:
+            return {"response": said["answer"]}
+        self.calls += 1
+        self.number += 1
+        return {"tool_calls": [{"call_id": f"call_{self.number}", "tool_id": said["tool"], "arguments": said["arguments"]}]}
+
+    # ---- words -------------------------------------------------------------------------------------------------------
+
+    def _tool_text(self) -> str:
+        lines = [
+            'You can use tools. Say {"tool": NAME, "arguments": {...}} to use one; you are told its result.',
+            'Say {"answer": TEXT} as soon as you can answer. The tools are:',
+        ]
+        for tool in self.bound:
+            takes = ", ".join(_argument(n, s) for n, s in tool.parameters.get("properties", {}).items()) or "nothing"
+            lines.append(f"- {tool.id}: {tool.description} Arguments: {takes}.")
+        return "\n".join(lines)
+
+    def _told(self, result: Mapping[str, Any]) -> str:
+        name = f"{result['tool_id']} ({result['call_id']})"
+        if "error" in result:
+            text = f"{name} failed: {result['error']}"
+        else:
+            text = f"{name} says: {_plain(result.get('result'))}"
+        room = self.limits["result_chars"]
+        return text if len(text) <= room else f"{text[:room]}... ({len(text) - room} more characters)"
+
+    def _forget(self) -> None:
+        """Drop the oldest messages that are over the limits; the request and what came last stay."""
+        request = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=0)
+
+        def over() -> bool:
+            size = sum(len(m["content"]) for m in self.messages)
+            return len(self.messages) > self.limits["history"] or size > self.limits["history_chars"]
+
+        while over() and len(self.messages) > 2:
+            at = 0 if request else 1
+            if at >= len(self.messages) - 1:
+                break
+            del self.messages[at]
+            request -= request > 0
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def own_state_dict(self) -> dict[str, Any]:
+        return dict(zip(SESSION, (copy.deepcopy(self.messages), self.number, self.calls, self.tokens), strict=True))
+
+    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
+        messages, *counts = (state[key] for key in SESSION)
+        good = isinstance(messages, list) and all(
+            isinstance(m, Mapping) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in messages
+        )
+        if not good or not all(type(n) is int and n >= 0 for n in counts):
+            raise StateDictError(
+                f"block {self.name!r}: session.messages is a list of {{role, content}}; the other values are whole numbers"
+            )
+        self.messages = copy.deepcopy(messages)
+        self.number, self.calls, self.tokens = counts
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _request(context: Any) -> list[dict[str, Any]]:
+    """A request as messages: a conversation stays one, all else is one message of the user."""
+    if isinstance(context, Sequence) and not isinstance(context, str) and context:
+        chat = [dict(m) for m in context if isinstance(m, Mapping) and {"role", "content"} <= set(m)]
+        if len(chat) == len(context) and all(m["role"] in _ROLES and isinstance(m["content"], str) for m in chat):
+            return [{"role": m["role"], "content": m["content"]} for m in chat]
+    if isinstance(context, str):
+        text = context
+    else:
+        items = context_items(context)
+        text = "\n".join(f"{i['source']}: {i['text']}" if i["source"] else i["text"] for i in items)
+    return [{"role": "user", "content": text}]
+
+
+def _parsed(data: Any, text: str, schema: Mapping[str, Any], who: str) -> dict[str, Any]:
+    if data is None:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise OutputContractError(f"{who}: the model's answer is no JSON: {text[:200]}") from error
+    wrong = problems(schema, data)
+    if wrong:
+        raise OutputContractError(f"{who}: the model's answer is neither a tool call nor an answer: {'; '.join(wrong)}")
+    return dict(data)
+
+
+def _argument(name: str, schema: Mapping[str, Any]) -> str:
+    kind = schema.get("type", "any")
+    kind = kind if isinstance(kind, str) else " or ".join(kind)
+    values = f", one of {', '.join(map(str, schema['enum']))}" if "enum" in schema else ""
+    says = f": {schema['description']}" if schema.get("description") else ""
+    return f"{name} ({kind}{values}{says})"
+
+
+def _plain(value: Any) -> str:
+    """A result as the model reads it; what is no text or JSON value is named by its kind."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=kind_of)

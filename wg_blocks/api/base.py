@@ -1,0 +1,132 @@
+"""What all blocks behind an API share: their config, their client, what a call costs, and clean answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError as PydanticError
+
+from wg_blocks.api.client import Limits
+from wg_blocks.api.providers import Endpoint, Provider, check_url, client_for, providers
+from wg_core import Block, current_context
+from wg_core.errors import ConfigError
+
+T = TypeVar("T")
+
+_ENV = r"^[A-Z_][A-Z0-9_]{0,127}$"  # capitals only: a key that was put here by mistake does not pass for a name
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+class Prices(BaseModel):
+    """What a million tokens cost, in any one currency."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: float = Field(default=0.0, ge=0)
+    completion: float = Field(default=0.0, ge=0)
+
+
+class ApiConfig(BaseModel):
+    """How a model is reached. Equal configs are one block; equal provider, endpoint and key source one client.
+
+    `endpoint_url` is `http(s)://...` or `env:NAME`; without it the provider's own. `api_key_env` names the variable
+    with the key; without it no key is sent to an `endpoint_url`. `timeout_s` is for one answer, with all attempts.
+    `prices` are per million tokens. `options` go to the provider, `extra_body` into each request as they are.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_id: str = Field(min_length=1, max_length=256)
+    provider: str | None = None
+    endpoint_url: str | None = None
+    api_key_env: str | None = Field(default=None, pattern=_ENV)
+    timeout_s: float = Field(default=120.0, gt=0, le=3600)
+    max_retries: int = Field(default=3, ge=0, le=10)
+    max_concurrent_requests: int = Field(default=8, ge=1, le=256)
+    max_response_bytes: int = Field(default=8 << 20, ge=1024, le=1 << 30)
+    prices: Prices | None = None
+    options: dict[str, Any] = {}
+    extra_body: dict[str, Any] = {}
+    allow_http: bool = False
+    proxy_from_env: bool = False
+
+
+class ChatConfig(ApiConfig):
+    """`structure` is how a schema is asked for: `strict` as the schema that strict decoding takes (what that cannot say
+    is checked afterwards), `json_schema` as it is, `json_object` or `prompt` in words; `auto` is strict where possible.
+    `wire` adds or renames settings that the server knows (`{top_k: top_k}`), or leaves one out (`{seed: null}`).
+    """
+
+    structure: Literal["auto", "strict", "json_schema", "json_object", "prompt"] = "auto"
+    wire: dict[str, str | None] = {}
+
+
+class ApiBlock(Block):
+    """Base of blocks whose model runs elsewhere: no weights, no parameters, nothing is contacted before the first call.
+
+    Raises: ConfigError at building; at a call MissingCredentialError, ApiTimeoutError, ApiRateLimitError,
+    ApiResponseError.
+    """
+
+    config_model: ClassVar[type[ApiConfig]] = ApiConfig
+
+    def __init__(self, block_id: str | None = None, *, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(block_id)
+        try:
+            self.api: Any = self.config_model.model_validate(dict(config or {}))
+        except PydanticError as error:
+            told = "; ".join(f"config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"block {self.name!r}: {told}") from None
+        api: ApiConfig = self.api
+        if api.provider is None and api.endpoint_url is None:
+            raise ConfigError(
+                f"block {self.name!r}: model_id {api.model_id!r} needs a provider or an endpoint_url; "
+                f"providers: {', '.join(providers.names())}"
+            )
+        if api.endpoint_url is not None and api.endpoint_url.startswith("env:"):
+            if not re.fullmatch(_ENV, api.endpoint_url.removeprefix("env:")):
+                raise ConfigError("endpoint_url env:NAME names an environment variable in capitals")
+        elif api.endpoint_url is not None:
+            check_url(api.endpoint_url, "endpoint_url", allow_http=api.allow_http or api.api_key_env is None)
+        name = api.provider or "openai"
+        providers.check(name)
+        self.endpoint = Endpoint(
+            name, api.endpoint_url, api.api_key_env, json.dumps(api.options, sort_keys=True), api.proxy_from_env
+        )
+        self.limits = Limits(api.timeout_s, api.max_retries, api.max_concurrent_requests, api.max_response_bytes)
+        self.model = f"{name}/{api.model_id}"
+
+    def call(self, attempt: Callable[[Provider], Awaitable[T]]) -> tuple[T, float]:
+        """One answer through the shared client, and the seconds that it took."""
+        started = time.perf_counter()
+        answer = client_for(self.endpoint).call(self.model, attempt, self.limits, current_context().frame)
+        return answer, time.perf_counter() - started
+
+    def provider(self) -> Provider:
+        """The provider behind the shared client."""
+        return client_for(self.endpoint).provider
+
+    def count(self, request: Mapping[str, Any], answer: Any, seconds: float, prompt: int, completion: int) -> None:
+        """Put one answer into the run's ledger and tell its hooks."""
+        counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+        context = current_context()
+        context.add_usage(self.model, **counts)
+        if self.api.prices is not None:
+            counts["cost"] = (prompt * self.api.prices.prompt + completion * self.api.prices.completion) / 1e6
+        context.emit("model_call", model=self.model, request=dict(request), answer=answer, seconds=seconds, **counts)
+
+
+def clean(value: Any) -> Any:
+    """Text, or JSON with texts, without what no UTF-8 file can hold: NUL and lone surrogates become U+FFFD."""
+    if isinstance(value, str):
+        return _UNWRITABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [clean(v) for v in value]
+    if isinstance(value, dict):
+        return {clean(k): clean(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,95 @@
+"""The provider `fake`: offline, the same answer for the same request, or what a script says."""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wg_blocks.api.providers import Chat, Endpoint, Fault, Picture, Text
+from wg_blocks.llm_fake import Writer
+from wg_blocks.maps import to_png
+from wg_core.errors import ApiRateLimitError, ApiResponseError, ApiTimeoutError, ConfigError, did_you_mean
+
+_FAULTS: Mapping[str, Any] = {
+    "timeout": lambda: Fault(ApiTimeoutError("provider fake: a scripted timeout")),
+    "rate_limit": lambda: Fault(ApiRateLimitError("provider fake: a scripted rate limit"), again=True, wait=0.0),
+    "quota": lambda: Fault(ApiRateLimitError("provider fake: a scripted end of the quota")),
+    "server_error": lambda: Fault(ApiResponseError("provider fake: a scripted server error"), again=True, wait=0.0),
+    "refusal": lambda: Fault(ApiResponseError("provider fake: the model refused, as scripted")),
+}
+
+
+class Fake:
+    """Option `script`: answers to chats in turn, from the first again after the last; `{"fault": NAME}` fails.
+
+    Faults are timeout, rate_limit, quota, server_error and refusal. The position in a script is the endpoint's.
+    """
+
+    strict = False
+    lengths = True
+    wire: Mapping[str, str] = {
+        n: n for n in ("temperature", "top_p", "top_k", "stop", "seed", "max_new_tokens", "repetition_penalty", "no_repeat_ngram")
+    }  # fmt: skip
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        options: dict[str, Any] = json.loads(endpoint.options)
+        script = options.pop("script", [])
+        if options or not isinstance(script, list):
+            raise ConfigError(
+                f"provider fake: its one option is script, a list of answers, not {sorted(options) or script!r}"
+            )
+        for entry in script:
+            if isinstance(entry, Mapping) and "fault" in entry and entry["fault"] not in _FAULTS:
+                raise ConfigError(
+                    f"provider fake has no fault {entry['fault']!r}; {did_you_mean(str(entry['fault']), _FAULTS)}"
+                )
+        self._writer = Writer(script)
+
+    async def chat(self, chat: Chat) -> Text:
+        messages = [dict(m) for m in chat.messages]
+        rng = _random(chat.seed, chat.model, messages, [hashlib.sha256(i).hexdigest() for i in chat.images])
+        schema = chat.form.get("schema") if chat.form is not None else None
+        text = self._writer.write(rng, schema, chat.settings.get("max_new_tokens", 256))
+        if self._writer.script and text.startswith('{"fault":'):
+            raise _FAULTS[json.loads(text)["fault"]]()
+        words = sum(len(m["content"].split()) for m in messages)
+        return Text(text, True, words, len(text.split()))
+
+    async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
+        """Unit vectors: texts that share words lie near each other."""
+        size = int(settings.get("dimensions", 64))
+        vectors: list[Any] = []
+        for text in texts:
+            total = [1e-6] * size
+            for word in text.lower().split():
+                rng = _random(model, word)
+                total = [t + rng.gauss(0, 1) for t in total]
+            length = sum(t * t for t in total) ** 0.5
+            vectors.append([t / length for t in total])
+        return vectors, sum(len(t.split()) for t in texts)
+
+    async def picture(self, picture: Picture) -> tuple[bytes, int, int]:
+        """A gradient between two colours of the prompt."""
+        import numpy as np
+
+        try:
+            width, height = (int(n) for n in str(picture.settings.get("size", "64x64")).split("x"))
+        except ValueError:
+            raise Fault(ApiResponseError("provider fake: size is WIDTHxHEIGHT, such as 64x64")) from None
+        given = hashlib.sha256(picture.image or b"").hexdigest()
+        rng = _random(picture.seed, picture.model, picture.prompt, given)
+        ends = [np.array(colorsys.hsv_to_rgb(rng.random(), 0.5, 0.4 + 0.5 * rng.random())) for _ in range(2)]
+        slope = np.add.outer(np.linspace(0, 0.5, height), np.linspace(0, 0.5, width))[..., None]
+        pixels = (255 * (ends[0] + (ends[1] - ends[0]) * slope)).astype(np.uint8)
+        return to_png(np.ascontiguousarray(pixels)), len(picture.prompt.split()), 0
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def _random(*parts: Any) -> random.Random:
+    return random.Random(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest())

@@ -1,0 +1,231 @@
+"""A language model behind an API: the same ports as a local one, answers that obey a JSON schema."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from wg_blocks.api.base import ApiBlock, ApiConfig, ChatConfig, clean
+from wg_blocks.api.providers import Chat, Provider, Text
+from wg_blocks.api.strict import strict_form, without_nulls
+from wg_blocks.json_schema import check_schema, problems
+from wg_blocks.prompt import (
+    LLM_PORTS,
+    Message,
+    Settings,
+    asked,
+    context_items,
+    conversations,
+    pack,
+    tally,
+    whole_sentences,
+    with_context,
+)
+from wg_core import Port, current_context
+from wg_core.errors import ApiResponseError, OutputContractError
+from wg_core.execution.context import derive_seed
+
+_log = logging.getLogger("wg_blocks.api")
+
+_HERE = ("context_tokens", "max_repairs", "whole_sentences", "seed")  # settings that never go to the server by name
+_FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
+_SEEDS = 2**31  # servers differ in how large a seed they take; all take this
+
+
+class ApiChat(ApiBlock):
+    """One completion of each chat; with a `schema` the answer comes parsed as `data`.
+
+    Of `params` (see `Settings`) those that were given are sent, and always the seed and the limit of tokens. Decoding
+    settings that the server does not know by name (`wire`) are left to it, which is logged.
+
+    Raises: what `ApiBlock` raises, ConfigError for an unknown setting or a bad schema, OutputContractError with the
+    text where no attempt obeyed the schema.
+    """
+
+    config_model: ClassVar[type[ApiConfig]] = ChatConfig
+
+    def __init__(self, block_id: str | None = None, *, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(block_id, config=config)
+        self._told: set[str] = set()
+
+    def complete(self, inputs: Mapping[str, Any], images: Sequence[bytes] = ()) -> dict[str, Any]:
+        """`{text, usage, data?}` for the inputs; `images` (PNG) are shown with each prompt."""
+        params = dict(inputs.get("params") or {})
+        settings = Settings.of(params)
+        chats, batch = conversations(inputs)
+        schema = inputs.get("schema")
+        if schema is not None:
+            check_schema(schema)
+        items = context_items(inputs.get("context"))
+        context = current_context()
+        seed = settings.seed if settings.seed is not None else context.node_seed()
+        usage = tally()
+        texts: list[str] = []
+        data: list[Any] = []
+        for index, chat in enumerate(chats):
+            one = asked(chat, items, schema, settings, derive_seed(seed, index))
+            if images:
+                one["images"] = [_sha(i) for i in images]
+            make = partial(self._complete, chat, items, schema, settings, params, derive_seed(seed, index), images)
+            got = context.ask(self.model, one, make)
+            usage = tally(usage, got["usage"])
+            texts.append(got["answer"])
+            data.append(json.loads(got["answer"]) if schema is not None else None)
+        out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
+        if schema is not None:
+            out["data"] = data if batch else data[0]
+        return out
+
+    def estimate_tokens(self, text: str) -> tuple[int, str]:
+        """Tokens of a text, and how they were counted: by words, as the model's tokenizer is elsewhere."""
+        return _estimate(text), "words"
+
+    def _complete(
+        self,
+        chat: Sequence[Message],
+        items: Sequence[Mapping[str, str]],
+        schema: Any,
+        settings: Settings,
+        params: Mapping[str, Any],
+        seed: int,
+        images: Sequence[bytes],
+    ) -> dict[str, Any]:
+        lines = pack(items, settings.context_tokens, _estimate)
+        messages = with_context(list(chat), lines)
+        form, wrapped = None, False
+        if schema is not None:
+            form, wrapped = self._form(schema)
+            if form is None or form["type"] == "json_object":
+                messages = _told_in_words(messages, schema)
+        usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
+        written, wrong, again = "", ["no attempt was made"], list(messages)
+        for attempt in range(1 + (settings.max_repairs if schema is not None else 0)):
+            room = settings.max_new_tokens * (2 + attempt) // 2
+            sent = self._settings(settings, params, room, derive_seed(seed, attempt) % _SEEDS)
+            asking = Chat(self.api.model_id, again, sent, seed, form, images, self.api.extra_body)
+            answer, seconds = self.call(partial(_ask, asking))
+            usage["calls"] += 1
+            usage["prompt_tokens"] += answer.prompt_tokens
+            usage["completion_tokens"] += answer.completion_tokens
+            written = clean(answer.text)
+            request = {"messages": [dict(m) for m in again], "schema": schema, "settings": sent}
+            self.count(request, written, seconds, answer.prompt_tokens, answer.completion_tokens)
+            if schema is None:
+                if not written.strip():
+                    raise ApiResponseError(
+                        f"{self.model}: the model wrote nothing; raise params.max_new_tokens ({room})"
+                    )
+                text = _finished(written, answer.ended, settings)
+                return {"answer": text, "messages": [dict(m) for m in messages], "usage": usage}
+            value, wrong = _read(written, schema, wrapped, answer.ended)
+            if not wrong:
+                text = json.dumps(value, ensure_ascii=False)
+                return {"answer": text, "messages": [dict(m) for m in messages], "usage": usage}
+            again = [*messages, *_please(written, wrong)] if answer.ended else list(messages)
+        raise OutputContractError(
+            f"{self.model} gave no valid structure in {1 + settings.max_repairs} attempts: {'; '.join(wrong)}; "
+            f"raise params.max_repairs or params.max_new_tokens, or change structure. It wrote: {written[:2000]}"
+        )
+
+    def _form(self, schema: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+        """How the structure is asked for, and whether the answer will be wrapped."""
+        how = self.api.structure
+        if how == "prompt":
+            return None, False
+        if how == "json_object":
+            return {"type": "json_object"}, False
+        wanted = how == "strict" or (how == "auto" and self.provider().strict)
+        strict = strict_form(schema, lengths=how == "auto" and self.provider().lengths) if wanted else None
+        if strict is None:
+            return {"type": "json_schema", "schema": dict(schema), "strict": how == "strict"}, False
+        return {"type": "json_schema", "schema": strict[0], "strict": True}, strict[1]
+
+    def _settings(self, settings: Settings, params: Mapping[str, Any], room: int, seed: int) -> dict[str, Any]:
+        """The settings of a request under the server's names."""
+        wire = {**self.provider().wire, **self.api.wire}
+        given = {"max_new_tokens" if name == "max_tokens" else name for name in params} - set(_HERE)
+        values = {name: getattr(settings, name) for name in given} | {"max_new_tokens": room, "seed": seed}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != ()}
+        unknown = sorted(k for k in values if k not in wire)
+        if unknown and not self._told >= set(unknown):
+            self._told.update(unknown)
+            _log.warning(
+                "%s: the server decodes by itself, params %s have no effect; if it knows them, name them in wire",
+                self.model, ", ".join(unknown),
+            )  # fmt: skip
+        return {wire[k]: v for k, v in values.items() if wire.get(k) is not None}
+
+
+class ApiLLM(ApiChat):
+    """A language model behind an API."""
+
+    role = "llm"
+    ports: Sequence[Port] = LLM_PORTS
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.complete(inputs)
+
+
+async def _ask(chat: Chat, provider: Provider) -> Text:
+    return await provider.chat(chat)
+
+
+def _estimate(text: str) -> int:
+    return -(-len(text.split()) * 4 // 3)
+
+
+def _sha(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(text: str, schema: Mapping[str, Any], wrapped: bool, ended: bool) -> tuple[Any, list[str]]:
+    """The value that was written, and what is wrong with it."""
+    if not ended:
+        return None, ["it broke off at the limit of tokens"]
+    fenced = _FENCE.fullmatch(text)
+    try:
+        value = clean(json.loads(fenced[1] if fenced else text, parse_constant=_no_number))
+    except (ValueError, RecursionError) as error:
+        return None, [f"no JSON: {error}"]
+    if wrapped and isinstance(value, dict) and set(value) == {"answer"}:
+        value = value["answer"]
+    wrong = problems(schema, value)
+    if wrong:
+        shorter = without_nulls(value)
+        if shorter != value and not problems(schema, shorter):
+            return shorter, []
+    return value, wrong
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _please(written: str, wrong: Sequence[str]) -> list[Message]:
+    told = f"That answer cannot be used: {'; '.join(wrong)}. Answer again, with JSON only, as it was asked for."
+    return [{"role": "assistant", "content": written[:8000] or "(nothing)"}, {"role": "user", "content": told}]
+
+
+def _told_in_words(chat: Sequence[Message], schema: Any) -> list[Message]:
+    told = f"Answer with JSON only, which obeys this JSON schema:\n{json.dumps(schema, ensure_ascii=False)}"
+    if chat[0]["role"] == "system":
+        return [{"role": "system", "content": f"{chat[0]['content']}\n\n{told}"}, *chat[1:]]
+    return [{"role": "system", "content": told}, *chat]
+
+
+def _finished(text: str, ended: bool, settings: Settings) -> str:
+    """A free answer without what follows a stop text, and to the last whole sentence if it broke off."""
+    cut = min((at for at in map(text.find, settings.stop) if at >= 0), default=None)
+    if cut is not None:
+        return text[:cut].strip()
+    text = text.strip()
+    if settings.whole_sentences and not ended:
+        return whole_sentences(text)
+    return text
