@@ -13,6 +13,7 @@ from wg_blocks.prompt import Message, context_items
 from wg_core import Block
 from wg_core.assembly.roles import Agent
 from wg_core.errors import ConfigError, OutputContractError, StateDictError
+from wg_core.execution.agent import ToolSpec
 from wg_core.structure.port import kind_of
 
 SESSION = ("session.messages", "session.number", "session.calls", "session.tokens")
@@ -107,7 +108,7 @@ class LLMAgent(Agent):
         chat: list[Message] = [
             {"role": m["role"] if m["role"] != "tool" else "user", "content": m["content"]} for m in self.messages
         ]
-        head = "\n\n".join(filter(None, (self.system, system, self._tool_text() if schema is not None else "")))
+        head = self.head(self.bound if schema is not None else (), system)
         ports = self.llm.port_index.inputs
         asked: dict[str, Any] = {"prompt": chat}
         if head and "system" in ports:
@@ -154,17 +155,11 @@ class LLMAgent(Agent):
         self.number += 1
         return {"tool_calls": [{"call_id": f"call_{self.number}", "tool_id": said["tool"], "arguments": said["arguments"]}]}
 
-    # ---- words -------------------------------------------------------------------------------------------------------
+    def head(self, tools: Sequence[ToolSpec], system: str | None = None) -> str:
+        """What stands before every conversation: the system texts, and how to use the tools."""
+        return "\n\n".join(filter(None, (self.system, system, _tool_text(tools) if tools else "")))
 
-    def _tool_text(self) -> str:
-        lines = [
-            'You can use tools. Say {"tool": NAME, "arguments": {...}} to use one; you are told its result.',
-            'Say {"answer": TEXT} as soon as you can answer. The tools are:',
-        ]
-        for tool in self.bound:
-            takes = ", ".join(_argument(n, s) for n, s in tool.parameters.get("properties", {}).items()) or "nothing"
-            lines.append(f"- {tool.id}: {tool.description} Arguments: {takes}.")
-        return "\n".join(lines)
+    # ---- words -------------------------------------------------------------------------------------------------------
 
     def _told(self, result: Mapping[str, Any]) -> str:
         name = f"{result['tool_id']} ({result['call_id']})"
@@ -236,6 +231,17 @@ def _parsed(data: Any, text: str, schema: Mapping[str, Any], who: str) -> dict[s
     if wrong:
         raise OutputContractError(f"{who}: the model's answer is neither a tool call nor an answer: {'; '.join(wrong)}")
     return dict(data)
+
+
+def _tool_text(tools: Sequence[ToolSpec]) -> str:
+    lines = [
+        'You can use tools. Say {"tool": NAME, "arguments": {...}} to use one; you are told its result.',
+        'Say {"answer": TEXT} as soon as you can answer. The tools are:',
+    ]
+    for tool in tools:
+        takes = ", ".join(_argument(n, s) for n, s in tool.parameters.get("properties", {}).items()) or "nothing"
+        lines.append(f"- {tool.id}: {tool.description} Arguments: {takes}.")
+    return "\n".join(lines)
 
 
 def _argument(name: str, schema: Mapping[str, Any]) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from wg_blocks.agent_llm import LLMAgent
 from wg_blocks.prompt import Settings
 from wg_blocks.text import Template
+from wg_core.execution.agent import AGENT_STEPS
 from wg_core.execution.block import Block
 from wg_core.execution.executable_graph import ExecutableGraph, Node
 from wg_core.execution.plan import steps_of
+
+CHARS_PER_TOKEN = 4  # a common estimate for text that no tokenizer has counted
 
 
 def forecast(level: ExecutableGraph[Any], path: str = "", times: int = 1) -> Iterator[dict[str, Any]]:
@@ -26,6 +30,27 @@ def forecast(level: ExecutableGraph[Any], path: str = "", times: int = 1) -> Ite
             yield from forecast(node.child, here, often)
         elif getattr(node.child, "role", None) == "llm" and isinstance(node.child, Block):
             yield _row(level, node, here, often)
+        elif isinstance(node.child, LLMAgent):
+            yield _agent_row(level, node.child, node_id, here, often)
+
+
+def _agent_row(level: ExecutableGraph[Any], agent: LLMAgent, node_id: str, path: str, times: int) -> dict[str, Any]:
+    """An agent asks its model at least once, and once more for each tool call."""
+    settings = Settings.of(agent.params)
+    specs = [tool.spec for tool in level.agents().get(node_id, ())]
+    steps = level.metadata.get("max_agent_steps", AGENT_STEPS)
+    tokens, counted_by = _count(agent.llm, agent.head(specs))
+    return {
+        "path": path,
+        "model": _name(agent.llm),
+        "calls": times,
+        "calls_at_most": times * (min(steps, agent.max_calls + 1) * (1 + settings.max_repairs) if specs else 1),
+        "per_item": False,
+        "prompt_tokens": tokens,
+        "context_tokens": agent.limits["history_chars"] // CHARS_PER_TOKEN,
+        "completion_tokens": settings.max_new_tokens,
+        "counted_by": counted_by,
+    }
 
 
 def _row(level: ExecutableGraph[Any], node: Node[Any], path: str, times: int) -> dict[str, Any]:

@@ -317,7 +317,7 @@ def _place(frame: Frame) -> list[dict[str, Any]]:
     chain: list[dict[str, Any]] = []
     at: Frame | None = frame
     while at is not None:
-        chain.append({"level": at.level, "id": at.level_id, "node": at.node_id, "iteration": at.iteration})
+        chain.append({"level": at.level, "id": at.level_id, "node": at.node_id, "iteration": at.iteration, "turn": at.turn})
         at = at.parent
     return chain[::-1]
 

@@ -80,6 +80,7 @@ class Place(Strict):
     id: Id
     node: Id | None = None
     iteration: int | None = None
+    turn: int = 0
 
 
 class Options(Strict):
@@ -429,7 +430,7 @@ class Server:
         frame: Frame | None = None
         for at in place:
             frame = Frame(at.level, at.id, chosen, frame)
-            frame.node_id, frame.iteration = at.node, at.iteration
+            frame.node_id, frame.iteration, frame.turn = at.node, at.iteration, at.turn
         return options, frame
 
 

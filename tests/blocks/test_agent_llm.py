@@ -11,11 +11,13 @@ import pytest
 from tiny_lm import save_tiny_lm
 
 from wg_blocks.agent_llm import LLMAgent
+from wg_blocks.forecast import forecast
 from wg_blocks.json_schema import problems
 from wg_core import ConfigError, Graph, ModelPool
 from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.assembly.roles import LLM
 from wg_core.errors import AgentStepLimitError, NodeExecutionError, OutputContractError, StateDictError
+from wg_core.execution.calls import CallLog
 from wg_core.execution.context import Event, derive_seed
 
 CALC = {"tool": "calc", "arguments": {"expression": "6 * 7"}}
@@ -275,6 +277,49 @@ def test_a_small_local_model_makes_valid_calls(tmp_path: Path) -> None:
     for message in agent_of(graph).messages:
         if message["role"] == "assistant":
             assert set(json.loads(message["content"])) in ({"answer"}, {"tool", "arguments"})
+
+
+def test_a_recorded_conversation_is_replayed_without_the_model() -> None:
+    """02 G-49 with replay: what leaves the record ends the run, also inside a tool; it is no tool error."""
+    inner = {
+        "id": "ask", "nodes": [{"node_id": "llm", "block_type": "llm/fake"}],
+        "exposed_inputs": [{"name": "prompt", "node_id": "llm", "port_name": "prompt"}],
+        "exposed_outputs": [{"name": "text", "node_id": "llm", "port_name": "text"}],
+    }  # fmt: skip
+    tools = {"ask": {"block_type": "graph/ref", "config": {"graph": inner}}}
+
+    def graph(word: str = "tides") -> Graph:
+        return agent_graph({"tool": "ask", "arguments": {"prompt": word}}, {"answer": "Enough."}, tools=tools, memory="run")
+
+    log = CallLog()
+    recorded = graph()
+    assert recorded.run({"prompt": "go"}, seed=1, calls=log) == {"response": "Enough."}
+    assert [call["place"] for call in log.calls] == ["agent", "ask/llm", "agent"]
+    again = graph()
+    replay = CallLog(log.calls)
+    assert again.run({"prompt": "go"}, seed=1, calls=replay) == {"response": "Enough."} and replay.unused == 0
+    assert agent_of(again).messages == agent_of(recorded).messages
+    without = [call for call in log.calls if call["place"] != "ask/llm"]
+    with pytest.raises(NodeExecutionError, match="ask/llm"):
+        graph().run({"prompt": "go"}, seed=1, calls=CallLog(without))
+    usage: dict[str, Any] = {}
+    graph().run({"prompt": "go"}, callbacks=[lambda event: usage.update({event.kind: event})])
+    assert usage["model_call"].path == "agent_with_tools/agent"
+
+
+def test_the_forecast_counts_an_agents_calls() -> None:
+    """One call at least, one more for each tool call at most, bounded by the steps of the graph."""
+    (row,) = forecast(agent_graph(DONE, system="You are a clerk."))
+    assert (row["path"], row["calls"], row["calls_at_most"]) == ("agent", 1, 7 * 3)
+    assert row["prompt_tokens"] > 20 and row["context_tokens"] == 2000
+    assert next(forecast(agent_graph(DONE, tools=[])))["calls_at_most"] == 1
+
+
+def test_the_plan_tells_the_tools_of_an_agent() -> None:
+    """02 G-42."""
+    graph = agent_graph(DONE)
+    assert graph.describe().splitlines()[1:] == ["  agent: agent/llm", "    may call calc: tool/calc"]
+    assert graph.plan_data()["steps"][0]["tools"] == {"calc": {"node": "calc", "kind": "tool/calc"}}
 
 
 def test_an_agent_may_be_driven_by_a_model_behind_an_api() -> None:

@@ -28,9 +28,8 @@ def plan_data(graph: ExecutableGraph[Any], num_loop_steps: int | Mapping[str, in
     """What a run does, in order, as JSON values.
 
     `{level, id, inputs, outputs, steps}`; a step is `{node, kind}`, with the `plan` of a level or the `tools` of an agent
-    in it, or a loop:
-    `{loop, num_steps, steps_from, iterations, carry: [{edge, seed}], until?, steps}`. `seed` lists what iteration 0
-    reads instead, in order of preference. Raises: ValidationError.
+    in it, or a loop: `{loop, num_steps, steps_from, iterations, carry: [{edge, seed}], until?, steps}`. `seed` lists
+    what iteration 0 reads instead, in order of preference. Raises: ValidationError.
     """
     plan = graph.plan()
     steps: list[dict[str, Any]] = []
