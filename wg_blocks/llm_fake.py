@@ -8,19 +8,15 @@ import random
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from wg_blocks.json_schema import bounded, check_schema, problems
+from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import (
     LLM_PORTS,
     Message,
     Settings,
-    asked,
-    context_items,
-    conversations,
+    answers,
     pack,
-    tally,
     with_context,
 )
 from wg_core import Block, current_context
@@ -60,34 +56,14 @@ class FakeLLM(Block):
         self._writer = Writer(script)
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        settings = Settings.of(inputs.get("params"))
-        chats, batch = conversations(inputs)
-        schema = inputs.get("schema")
-        if schema is not None:
-            check_schema(schema)
-        items = context_items(inputs.get("context"))
-        context = current_context()
-        seed = settings.seed if settings.seed is not None else context.node_seed()
-        usage = tally()
-        texts: list[str] = []
-        data: list[Any] = []
-        for index, chat in enumerate(chats):
-            one = asked(chat, items, schema, settings, seed) | {"index": index}
-            got = context.ask(MODEL, one, partial(self._complete, chat, items, schema, settings, seed, index))
-            usage = tally(usage, got["usage"])
-            texts.append(got["answer"])
-            data.append(json.loads(got["answer"]) if schema is not None else None)
-        out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
-        if schema is not None:
-            out["data"] = data if batch else data[0]
-        return out
+        return answers(inputs, MODEL, self._complete)
 
     def _complete(
-        self, chat: list[Message], items: list[dict[str, str]], schema: Any, settings: Settings, seed: int, index: int
+        self, chat: list[Message], items: list[dict[str, str]], schema: Any, settings: Settings, seed: int
     ) -> dict[str, Any]:
         lines = pack(items, settings.context_tokens, _words)
         messages = with_context(chat, lines)
-        key = hashlib.sha256(json.dumps([seed, index, messages]).encode()).digest()
+        key = hashlib.sha256(json.dumps([seed, messages]).encode()).digest()
         text = self._answer(random.Random(key), schema, settings)
         counts = {"prompt_tokens": sum(_words(m["content"]) for m in messages), "completion_tokens": _words(text)}
         context = current_context()

@@ -9,20 +9,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from wg_blocks.json_schema import bounded, check_schema, problems
+from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import (
     LLM_PORTS,
     Message,
     Settings,
-    asked,
-    context_items,
-    conversations,
+    answers,
     pack,
-    tally,
     whole_sentences,
     with_context,
 )
@@ -153,28 +149,7 @@ class CausalLM(Block):
     # ---- one call
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        settings = Settings.of(inputs.get("params"))
-        chats, batch = conversations(inputs)
-        schema = inputs.get("schema")
-        if schema is not None:
-            check_schema(schema)
-        items = context_items(inputs.get("context"))
-        context = current_context()
-        seed = settings.seed if settings.seed is not None else context.node_seed()
-        usage = tally()
-        texts: list[str] = []
-        data: list[Any] = []
-        for index, chat in enumerate(chats):
-            one = asked(chat, items, schema, settings, derive_seed(seed, index))
-            make = partial(self._complete, chat, items, schema, settings, derive_seed(seed, index))
-            got = context.ask(self.checkpoint_ref, one, make)
-            usage = tally(usage, got["usage"])
-            texts.append(got["answer"])
-            data.append(json.loads(got["answer"]) if schema is not None else None)
-        out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
-        if schema is not None:
-            out["data"] = data if batch else data[0]
-        return out
+        return answers(inputs, self.checkpoint_ref, self._complete)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, counted by this model's own tokenizer."""

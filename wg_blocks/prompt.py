@@ -6,10 +6,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-from wg_core import Port
+from wg_blocks.json_schema import check_schema
+from wg_core import Port, current_context
 from wg_core.errors import ConfigError, PortValueError, did_you_mean
+from wg_core.execution.context import derive_seed
 
 LLM_PORTS = (
     Port("prompt", "in", "text|list", description="a text, a list of texts (a batch), or a list of {role, content}"),
@@ -151,6 +154,40 @@ def tally(total: Mapping[str, int] | None = None, more: Mapping[str, int] | None
     for name, number in (more or {}).items():
         counted[name] = number if name.startswith("context_") else counted[name] + number
     return counted
+
+
+Complete = Callable[[list[Message], list[dict[str, str]], Any, Settings, int], dict[str, Any]]
+
+
+def answers(
+    inputs: Mapping[str, Any], model: str, complete: Complete, *, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The outputs of a language model block: one completion of each chat, asked through the run's record of calls.
+
+    `complete(chat, context items, schema, settings, seed)` gives `{answer, usage}`; `more` is what else decides the
+    answer, for the record. Raises: PortValueError, ConfigError, and what `complete` raises.
+    """
+    settings = Settings.of(inputs.get("params"))
+    chats, batch = conversations(inputs)
+    schema = inputs.get("schema")
+    if schema is not None:
+        check_schema(schema)
+    items = context_items(inputs.get("context"))
+    context = current_context()
+    seed = settings.seed if settings.seed is not None else context.node_seed()
+    usage = tally()
+    texts: list[str] = []
+    for index, chat in enumerate(chats):
+        own = derive_seed(seed, index)
+        record = asked(chat, items, schema, settings, own) | dict(more or {})
+        got = context.ask(model, record, partial(complete, chat, items, schema, settings, own))
+        usage = tally(usage, got["usage"])
+        texts.append(got["answer"])
+    out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
+    if schema is not None:
+        data = [json.loads(text) for text in texts]
+        out["data"] = data if batch else data[0]
+    return out
 
 
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\u201d\u2019]*(?=\s|$)")

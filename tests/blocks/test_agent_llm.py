@@ -84,7 +84,7 @@ def test_a_model_without_tools_is_simply_asked() -> None:
     graph = agent_graph("A quiet night.", tools=[])
     assert asked(graph, "how is it?") == ("A quiet night.", [{
         "messages": [{"role": "user", "content": "how is it?"}], "schema": None,
-        "seed": derive_seed(0, "agent", 0),
+        "seed": derive_seed(derive_seed(0, "agent", 0), 0),
     }])  # fmt: skip
     plain = agent_graph(llm={"block_type": "llm/identity"}, tools=[])
     assert plain.run({"prompt": "hello"})["response"] == "hello"

@@ -12,20 +12,17 @@ from typing import Any, ClassVar
 from wg_blocks.api.base import ApiBlock, ApiConfig, ChatConfig, clean
 from wg_blocks.api.providers import Chat, Provider, Text
 from wg_blocks.api.strict import strict_form, without_nulls
-from wg_blocks.json_schema import check_schema, problems
+from wg_blocks.json_schema import problems
 from wg_blocks.prompt import (
     LLM_PORTS,
     Message,
     Settings,
-    asked,
-    context_items,
-    conversations,
+    answers,
     pack,
-    tally,
     whole_sentences,
     with_context,
 )
-from wg_core import Port, current_context
+from wg_core import Port
 from wg_core.errors import ApiResponseError, OutputContractError
 from wg_core.execution.context import derive_seed
 
@@ -55,30 +52,8 @@ class ApiChat(ApiBlock):
     def complete(self, inputs: Mapping[str, Any], images: Sequence[bytes] = ()) -> dict[str, Any]:
         """`{text, usage, data?}` for the inputs; `images` (PNG) are shown with each prompt."""
         params = dict(inputs.get("params") or {})
-        settings = Settings.of(params)
-        chats, batch = conversations(inputs)
-        schema = inputs.get("schema")
-        if schema is not None:
-            check_schema(schema)
-        items = context_items(inputs.get("context"))
-        context = current_context()
-        seed = settings.seed if settings.seed is not None else context.node_seed()
-        usage = tally()
-        texts: list[str] = []
-        data: list[Any] = []
-        for index, chat in enumerate(chats):
-            one = asked(chat, items, schema, settings, derive_seed(seed, index))
-            if images:
-                one["images"] = [_sha(i) for i in images]
-            make = partial(self._complete, chat, items, schema, settings, params, derive_seed(seed, index), images)
-            got = context.ask(self.model, one, make)
-            usage = tally(usage, got["usage"])
-            texts.append(got["answer"])
-            data.append(json.loads(got["answer"]) if schema is not None else None)
-        out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
-        if schema is not None:
-            out["data"] = data if batch else data[0]
-        return out
+        complete = partial(self._complete, params=params, images=images)
+        return answers(inputs, self.model, complete, more={"images": [_sha(i) for i in images]} if images else None)
 
     def estimate_tokens(self, text: str) -> tuple[int, str]:
         """Tokens of a text, and how they were counted: by words, as the model's tokenizer is elsewhere."""
@@ -90,8 +65,9 @@ class ApiChat(ApiBlock):
         items: Sequence[Mapping[str, str]],
         schema: Any,
         settings: Settings,
-        params: Mapping[str, Any],
         seed: int,
+        *,
+        params: Mapping[str, Any],
         images: Sequence[bytes],
     ) -> dict[str, Any]:
         lines = pack(items, settings.context_tokens, _estimate)
