@@ -27,6 +27,8 @@ from wg_core.errors import (
 from wg_core.execution.context import FRAME, check_stop
 from wg_core.structure.port import UNSET, Port, check_ports, kind_of
 
+_NO_ARGUMENTS: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # shared; read only
+
 
 class PortIndex:
     """The ports of a block, looked up by name, alias and direction."""
@@ -93,7 +95,7 @@ class Block:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         block = super().__new__(cls)
-        block._arguments = (args, kwargs)
+        block._arguments = (args, kwargs) if args or kwargs else _NO_ARGUMENTS
         return block
 
     def __init__(self, block_id: str | None = None, *, config: Mapping[str, Any] | None = None) -> None:
