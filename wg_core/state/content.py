@@ -66,6 +66,7 @@ class WorldContent:
     _kinds: Mapping[str, Mapping[str, Part]] = field(default_factory=_no_kinds)
     _artifacts: Mapping[str, Part] = field(default_factory=dict[str, Part])
     _segments: tuple[_Segment, ...] = ()
+    _saved: list[tuple[BlobStore, str]] = field(default_factory=list["tuple[BlobStore, str]"], init=False, repr=False)
 
     # ---- from and to ---------------------------------------------------------------------------------------------
 
@@ -90,7 +91,10 @@ class WorldContent:
         return cls(Part(texts, what="content texts"), Part(lists, what="content lists"), kinds)
 
     def save(self, blobs: BlobStore) -> str:
-        """Store what `blobs` does not hold yet and give the hash of the root list."""
+        """Store what `blobs` does not hold yet and give the hash of the root list; unchanged content is not looked at."""
+        for store, sha in self._saved:
+            if store == blobs and blobs.has(sha):
+                return sha
         root = {
             "schema_version": _SCHEMA_VERSION,
             "texts": self._texts.save(blobs),
@@ -99,7 +103,9 @@ class WorldContent:
             "artifacts": [[i, part.save(blobs)] for i, part in self._artifacts.items()],
             "chronicle": [[s.part.save(blobs), s.count, s.first_step, s.last_step] for s in self._segments],
         }
-        return blobs.put(canonical_bytes(root))
+        sha = blobs.put(canonical_bytes(root))
+        self._saved[:] = [(blobs, sha)]
+        return sha
 
     @classmethod
     def load(cls, blobs: BlobStore, root: str) -> WorldContent:
