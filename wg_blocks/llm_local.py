@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import (
@@ -23,24 +24,35 @@ from wg_blocks.prompt import (
     with_context,
 )
 from wg_blocks.store import ModelStore
-from wg_core import Block, current_context
+from wg_core import current_context
 from wg_core.errors import ConfigError, MissingExtraError, MissingModelError, OutputContractError, PortValueError
 from wg_core.execution.context import derive_seed
+from wg_core.weights.module import ModuleBlock
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 DTYPES = ("float32", "bfloat16", "float16")
 PENALTY_WINDOW = 256
 EMIT_EVERY = 8
 COPY_COST = 100.0  # below any other token, yet possible where a schema leaves no choice
+FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""What a model is beside its weights; a checkpoint keeps these files, so that it needs no other source."""
 
 
-def load(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
+def load(folder: Path, dtype: str = "float32", *, weights: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder with config, tokenizer and safetensors weights; runs no code from the folder.
 
-    Sets the process's torch threads to WG_TORCH_THREADS (default 1): more are slower as soon as cores are shared.
+    Without `weights` the model is built from its config and has random ones. Sets the process's torch threads to
+    WG_TORCH_THREADS (default 1): more are slower as soon as cores are shared.
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
     except ImportError as error:
         raise MissingExtraError("llm/hf needs torch and transformers: pip install torch transformers") from error
@@ -52,12 +64,37 @@ def load(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     logging.disable_progress_bar()
     try:
         safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
+        else:
+            config = AutoConfig.from_pretrained(folder, **safe)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
     finally:
         if bars:
             logging.enable_progress_bar()
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder; runs no code from the folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _read_files(folder: Path) -> dict[str, Tensor]:
+    """The `FILES` of a folder as bytes."""
+    import torch
+
+    data = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    return {name: torch.frombuffer(bytearray(read), dtype=torch.uint8) for name, read in data.items() if read}
+
+
+def _files_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: state[f"files.{name}"] for name in FILES if f"files.{name}" in state}
 
 
 @dataclass(slots=True)
@@ -91,12 +128,13 @@ class _Copies:
         return tuple(self.seen[len(self.seen) - self.size + 1 :])
 
 
-class CausalLM(Block):
-    """A local causal language model.
+class CausalLM(ModuleBlock):
+    """A local causal language model: `modules["lm"]`, and the tokenizer that belongs to it.
 
     `checkpoint_ref` is a name of the model store, a ref (`hf:`, `file:`, ...) or a folder; weights load at the first
     call (or `materialize()`). How to sample is part of the call, in `params` (see `Settings`), so that all users of
-    one model share it. With a `schema` the answer is decoded under it and comes parsed as `data`.
+    one model share it. With a `schema` the answer is decoded under it and comes parsed as `data`. A checkpoint holds
+    weights, config and tokenizer; a block that is loaded from it needs no `checkpoint_ref` any more.
 
     Raises: ConfigError for an unknown setting or schema keyword, PortValueError for a prompt that is too long,
     OutputContractError when no attempt gave a whole structure, MissingModelError.
@@ -111,13 +149,16 @@ class CausalLM(Block):
             raise ConfigError(f"llm/hf: dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
         self.checkpoint_ref = checkpoint_ref
         self.dtype = dtype
-        self.module: Any = None
-        self.tokenizer: Any = None
+        self._read_weights = True
+        self._files: dict[str, Tensor] = {}
         self._sha256: str | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tokenizer: Any = None
         self._words: Any = None
         self._guide: Any = None
         self._counter: Any = None
-        self._lock = threading.RLock()
 
     # ---- weights
 
@@ -127,7 +168,12 @@ class CausalLM(Block):
         return path if path.is_dir() else ModelStore().path(self.checkpoint_ref)
 
     def weight_hash(self) -> str | None:
-        """Sha256 of the weight file as it was published; None while the model is not there."""
+        """Sha256 of the weight file as it was published, or of the weights as they are once they were changed.
+
+        None while the model is not there.
+        """
+        if self.weights_changed():
+            return super().weight_hash()
         if self._sha256 is None:
             path = Path(self.checkpoint_ref)
             store, ref = (ModelStore(path.parent), f"file:{path.name}") if path.is_dir() else (ModelStore(), None)
@@ -137,14 +183,63 @@ class CausalLM(Block):
                 return None
         return self._sha256
 
-    def materialize(self) -> None:
+    def build(self, *, read_reference: bool = True) -> None:
         with self._lock:
-            if self.module is None:
-                self.module, self.tokenizer = load(self.folder(), self.dtype)
+            self._read_weights = read_reference
+            super().build(read_reference=False)  # a model is read as it is made
 
-    def close(self) -> None:
+    def build_modules(self) -> Mapping[str, nn.Module]:
+        with self._source() as folder:
+            model, self._tokenizer = load(folder, self.dtype, weights=self._read_weights)
+            self._files = _read_files(folder)
+        return {"lm": model}
+
+    @contextmanager
+    def _source(self) -> Iterator[Path]:
+        """The folder with the model's files: where it was published, or what a checkpoint holds of them."""
+        if self._read_weights or not self._files:
+            yield self.folder()
+            return
+        with tempfile.TemporaryDirectory(prefix="wg-lm-") as temp:
+            for name, data in self._files.items():
+                (Path(temp) / name).write_bytes(data.numpy().tobytes())
+            yield Path(temp)
+
+    @property
+    def module(self) -> Any:
+        """The model, loaded if need be."""
+        return self.modules["lm"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded with the model if need be."""
+        self.materialize()
+        return self._tokenizer
+
+    def unload(self) -> None:
         with self._lock:
-            self.module = self.tokenizer = self._words = self._guide = None
+            super().unload()
+            self._files = {}
+            self._forget()
+
+    # ---- state
+
+    def expect_state(self, state: Mapping[str, Any]) -> None:
+        self._files = _files_of(state)
+
+    def own_state_dict(self) -> dict[str, Any]:
+        state = super().own_state_dict()
+        return state | {f"files.{name}": data for name, data in self._files.items()}
+
+    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_own_state_dict(state)
+        given = _files_of(state)
+        if any(not data.equal(self._files[name]) for name, data in given.items()):
+            with self._lock:
+                self._files, self._read_weights = self._files | given, False
+                self._forget()
+                with self._source() as folder:
+                    self._tokenizer = load_tokenizer(folder)
 
     # ---- one call
 
@@ -153,7 +248,6 @@ class CausalLM(Block):
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, counted by this model's own tokenizer."""
-        self.materialize()
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def estimate_tokens(self, text: str) -> tuple[int, str]:
@@ -182,14 +276,13 @@ class CausalLM(Block):
         seed: int,
     ) -> dict[str, Any]:
         """The answer to one chat; a structure that breaks off is written again with more room."""
-        self.materialize()
         lines = pack(items, settings.context_tokens, self.count_tokens)
         chat = with_context(list(chat), lines)
         usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
         usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
         context, prompt = current_context(), self._prompt_ids(chat)
         answer, wrong = _Answer([], False), ["no attempt was made"]
-        limit = getattr(self.module.config, "max_position_embeddings", None) or 1 << 30
+        limit = self._context_size()
         if len(prompt) + settings.max_new_tokens > limit:
             raise PortValueError(
                 f"the prompt has {len(prompt)} tokens and asks for {settings.max_new_tokens} more, but "
@@ -199,8 +292,7 @@ class CausalLM(Block):
             more = min(settings.max_new_tokens * (2 + attempt) // 2, limit - len(prompt))
             room = replace(settings, max_new_tokens=more)
             started = time.perf_counter()
-            with self._lock:
-                answer = self._decode(prompt, room, derive_seed(seed, attempt), schema)
+            answer = self._decode(prompt, room, derive_seed(seed, attempt), schema)
             seconds = time.perf_counter() - started
             counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answer.ids)}
             usage["calls"] += 1
@@ -232,13 +324,60 @@ class CausalLM(Block):
 
     def _prompt_ids(self, chat: Sequence[Message]) -> list[int]:
         """Tokens of a chat; the model's control tokens are taken out of the texts, so that no text can end its turn."""
-        marks = {*self.tokenizer.all_special_tokens, *(str(t) for t in self.tokenizer.added_tokens_decoder.values())}
-        pattern = re.compile("|".join(re.escape(m) for m in sorted(marks, key=len, reverse=True)) or r"(?!)")
-        chat = [{**m, "content": pattern.sub(" ", m["content"])} for m in chat]
+        marks = self._marks()
+        chat = [{**m, "content": marks.sub(" ", m["content"])} for m in chat]
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
         return list(self.tokenizer("\n\n".join(m["content"] for m in chat) + "\n").input_ids)
+
+    def _marks(self) -> re.Pattern[str]:
+        """What matches the model's control tokens in a text."""
+        marks = {*self.tokenizer.all_special_tokens, *(str(t) for t in self.tokenizer.added_tokens_decoder.values())}
+        return re.compile("|".join(re.escape(m) for m in sorted(marks, key=len, reverse=True)) or r"(?!)")
+
+    def _context_size(self) -> int:
+        return getattr(self.module.config, "max_position_embeddings", None) or 1 << 30
+
+    # ---- learning
+
+    def answer_loss(self, examples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, int]:
+        """Mean cross-entropy of answers under this model, in nats per token, and the number of answer tokens.
+
+        An example is `{"messages": [{role, content}, ...], "answer": text}`. Its tokens are those of a call with these
+        messages, then the answer's and the end token; only the last two count. The scalar has a gradient where weights
+        or adapters learn.
+
+        Raises: PortValueError for no examples, or one that is longer than the model's context.
+        """
+        import torch
+
+        if not examples:
+            raise PortValueError(f"{self.checkpoint_ref}: answer_loss needs at least one example")
+        model, limit = self.module, self._context_size()
+        rows = [(self._prompt_ids(e["messages"]), self._answer_ids(e["answer"])) for e in examples]
+        size = max(len(prompt) + len(answer) for prompt, answer in rows)
+        if size > limit:
+            raise PortValueError(f"an example has {size} tokens, but {self.checkpoint_ref} holds {limit}; shorten it")
+        ids, mask, targets = (torch.full((len(rows), size), fill) for fill in (0, 0, -100))
+        for row, (prompt, answer) in enumerate(rows):
+            length = len(prompt) + len(answer)
+            ids[row, :length] = torch.tensor(prompt + answer)
+            mask[row, :length] = 1
+            targets[row, len(prompt) : length] = torch.tensor(answer)
+        first = min(len(prompt) for prompt, _ in rows)
+        device = next(model.parameters()).device
+        kept = torch.arange(first - 1, size - 1, device=device)  # the positions that any answer is predicted from
+        out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=kept)
+        loss = torch.nn.functional.cross_entropy(
+            out.logits.float().flatten(0, 1), targets[:, first:].to(device).flatten(), ignore_index=-100
+        )
+        return loss, sum(len(answer) for _, answer in rows)
+
+    def _answer_ids(self, text: str) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        ids = list(self.tokenizer(self._marks().sub(" ", text), add_special_tokens=False).input_ids)
+        return [*ids, min(self._end_ids()) if end is None else end]
 
     # ---- decoding
 
@@ -256,11 +395,11 @@ class CausalLM(Block):
             while not answer.ended and len(answer.ids) < settings.max_new_tokens:
                 out = self.module(
                     input_ids=torch.tensor([fresh], device=device),
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                     logits_to_keep=1,
                 )
-                cache = out.past_key_values
+                cache = out.cache
                 scores = out.logits[:, -1, :words].float().cpu()  # models may have more rows than tokens
                 self._penalise(scores, answer.ids, settings.repetition_penalty)
                 if copies is not None:

@@ -188,13 +188,14 @@ def test_texts_cannot_end_their_turn(block: CausalLM) -> None:
 
 def test_base_model_loads_lazily_and_closes(folder: Path) -> None:
     fresh = CausalLM(checkpoint_ref=str(folder))
-    assert fresh.module is None
+    assert not fresh.materialized and not fresh.weights_changed() and fresh.weight_hash()
+    assert not fresh.materialized
     fresh.materialize()
     module = fresh.module
     fresh.materialize()
     assert fresh.module is module and not module.training
     fresh.close()
-    assert fresh.module is None
+    assert not fresh.materialized
     assert fresh.config == {"checkpoint_ref": str(folder)}
     assert fresh.model_ref() == CausalLM(checkpoint_ref=str(folder)).model_ref()
 

@@ -343,8 +343,7 @@ def load_checkpoint(
     has; StateDictError for a wrong shape or kind, and (with `strict`) for missing or unexpected keys.
     """
     here = list(paths)
-    with _opened(source, verify) as store, _weightless(here, strict):
-        stored = _renamed(store, rename or {})
+    with _opened(source, verify) as store, _weightless(here, strict, stored := _renamed(store, rename or {}), store):
         missing, unexpected = _compare_owners(here, stored, store, strict)
         wrong: list[str] = []
         ready: list[tuple[Block, dict[str, Any]]] = []
@@ -371,13 +370,18 @@ def load_checkpoint(
 
 
 @contextmanager
-def _weightless(paths: Paths, strict: bool) -> Generator[None]:
+def _weightless(
+    paths: list[tuple[str, Block]], strict: bool, stored: Mapping[str, str], store: _Store
+) -> Generator[None]:
     """Build modules that are not there yet, without reading the references that a strict load replaces anyway."""
     built: list[ModuleBlock] = []
     try:
         lazy = [b for b in unique(paths).values() if isinstance(b, ModuleBlock) and not b.materialized]
         for block in sorted(lazy, key=lambda b: b.leans_on is not None):
             built.append(block)
+            key = next((stored[p] for p, b in paths if b is block and p in stored), None)
+            if key is not None:
+                block.expect_state(store.state(key))
             block.build(read_reference=not strict)
         yield
     except BaseException:

@@ -58,6 +58,9 @@ class ModuleBlock(Block):
 
         return read_state(Path(reference))
 
+    def expect_state(self, state: Mapping[str, Any]) -> None:
+        """Told of a state that will be loaded, before modules are built for it; for blocks whose form is in their state."""
+
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The modules by name, built if need be."""
