@@ -33,16 +33,16 @@ class MlflowTracker(dg.ConfigurableResource):
         """Open the MLflow run of a step; the result is JSON: `{run_id, experiment_id, url}` or `{error}` or `{}`."""
         if not self.enabled:
             return {}
-        with self._guard() as failed:
-            client = self._connect()
-            experiment = self._experiment(world_id)
+        with self.guard() as failed:
+            client = self.client()
+            experiment = self.experiment(world_id)
             tags = {"dagster/run_id": dagster_run_id, "wg/world": world_id, "wg/step": str(step)}
             run = client.create_run(experiment, run_name=f"{world_id} {step:06d}", tags=tags)
             for name, value in params.items():
                 if value is not None:
                     client.log_param(run.info.run_id, name, str(value)[:500])
             run_id = run.info.run_id
-            return {"run_id": run_id, "experiment_id": experiment, "url": self._url(experiment, run_id)}
+            return {"run_id": run_id, "experiment_id": experiment, "url": self.url(experiment, run_id)}
         return failed
 
     @contextmanager
@@ -56,7 +56,7 @@ class MlflowTracker(dg.ConfigurableResource):
             status = "OK"
         finally:
             if tracking.get("run_id") and calls.calls:
-                with self._guard() as failed:
+                with self.guard() as failed:
                     calls.trace_id = self._trace(tracking, name, dict(tags), calls, started, status)
                 calls.error = failed.get("error", "")
 
@@ -66,8 +66,8 @@ class MlflowTracker(dg.ConfigurableResource):
         """Close a step's run as FINISHED or FAILED; returns the error, or an empty text."""
         if not tracking.get("run_id"):
             return tracking.get("error", "")
-        with self._guard() as failed:
-            client = self._connect()
+        with self.guard() as failed:
+            client = self.client()
             for name, value in metrics.items():
                 client.log_metric(tracking["run_id"], name, value, step=step)
             for name, value in tags.items():
@@ -89,7 +89,8 @@ class MlflowTracker(dg.ConfigurableResource):
             shown["mlflow_open"] = dg.MetadataValue.text(f"mlflow ui --backend-store-uri {self.tracking_uri}")
         return shown
 
-    def _connect(self) -> "MlflowClient":
+    def client(self) -> "MlflowClient":
+        """The client of the tracking store, made at its first use."""
         if self._client is None:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")  # else each flush waits a second
@@ -101,9 +102,10 @@ class MlflowTracker(dg.ConfigurableResource):
                 self._client = MlflowClient(self.tracking_uri)
         return self._client
 
-    def _experiment(self, world_id: str) -> str:
+    def experiment(self, world_id: str) -> str:
+        """The id of the world's experiment, which is made where it is missing."""
         if world_id not in self._experiments:
-            client = self._connect()
+            client = self.client()
             name = f"world/{world_id}"
             with self._alone():
                 found = client.get_experiment_by_name(name)
@@ -125,7 +127,8 @@ class MlflowTracker(dg.ConfigurableResource):
         database.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{database}.lock", timeout=120)
 
-    def _url(self, experiment: str, run_id: str) -> str:
+    def url(self, experiment: str, run_id: str) -> str:
+        """Where a person sees a run: a page, or the file of a local store."""
         base = self.ui_url or (self.tracking_uri if self.tracking_uri.startswith("http") else "")
         if base:
             return f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
@@ -140,7 +143,7 @@ class MlflowTracker(dg.ConfigurableResource):
         started: int,
         status: str,
     ) -> str:
-        client = self._connect()
+        client = self.client()
         root = client.start_trace(
             name,
             span_type="CHAIN",
@@ -173,7 +176,8 @@ class MlflowTracker(dg.ConfigurableResource):
         return root.trace_id
 
     @contextmanager
-    def _guard(self) -> Iterator[dict[str, str]]:
+    def guard(self) -> Iterator[dict[str, str]]:
+        """What fails inside is a warning, and `error` in the mapping; it stops nothing."""
         failed: dict[str, str] = {}
         try:
             yield failed
