@@ -11,6 +11,8 @@ BLOCKS = {
     "vlm/api": "wg_blocks.api.vlm:ApiVLM",
     "embedding/api": "wg_blocks.api.embedding:ApiEmbedding",
     "generator/api": "wg_blocks.api.image:ApiImage",
+    "speech/api": "wg_blocks.api.speech:ApiSpeech",
+    "transcription/api": "wg_blocks.api.transcription:ApiTranscription",
     "text/template": "wg_blocks.text:Template",
     "world/context": "wg_blocks.text:Context",
     "image/terrain": "wg_blocks.terrain:TerrainDiffusion",

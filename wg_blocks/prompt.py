@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from wg_blocks.json_schema import check_schema
 from wg_core import Port, current_context
 from wg_core.errors import ConfigError, PortValueError, did_you_mean
-from wg_core.execution.context import derive_seed
+from wg_core.execution.context import derive_seed, drained, whole
 
 LLM_PORTS = (
     Port("prompt", "in", "text|list", description="a text, a list of texts (a batch), or a list of {role, content}"),
@@ -38,7 +38,9 @@ LLM_PORTS = (
     Port("usage", "out", "dict", optional=True),
 )
 
-Message = dict[str, str]
+Message = dict[str, Any]
+
+_MESSAGE = ("role", "content", "tool_calls", "tool_call_id")  # the last two where tools were called
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def conversations(inputs: Mapping[str, Any]) -> tuple[list[list[Message]], bool]
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(p, str) for p in prompt):
         chats, batch = [[{"role": "user", "content": p}] for p in prompt], True
     elif isinstance(prompt, Sequence) and prompt and all(_is_message(p) for p in prompt):
-        chats, batch = [[{"role": p["role"], "content": p["content"]} for p in prompt]], False
+        chats, batch = [[{k: p[k] for k in _MESSAGE if k in p} for p in prompt]], False
     elif isinstance(prompt, Sequence) and not prompt:
         return [], True
     else:
@@ -157,6 +159,9 @@ def tally(total: Mapping[str, int] | None = None, more: Mapping[str, int] | None
 
 
 Complete = Callable[[list[Message], list[dict[str, str]], Any, Settings, int], dict[str, Any]]
+InPieces = Callable[
+    [list[Message], list[dict[str, str]], Any, Settings, int], Generator[dict[str, Any], None, dict[str, Any]]
+]
 
 
 def answers(
@@ -164,9 +169,16 @@ def answers(
 ) -> dict[str, Any]:
     """The outputs of a language model block: one completion of each chat, asked through the run's record of calls.
 
-    `complete(chat, context items, schema, settings, seed)` gives `{answer, usage}`; `more` is what else decides the
-    answer, for the record. Raises: PortValueError, ConfigError, and what `complete` raises.
+    `complete(chat, context items, schema, settings, seed)` gives `{answer, usage, tool_calls?}`; `more` is what else
+    decides the answer, for the record. Raises: PortValueError, ConfigError, and what `complete` raises.
     """
+    return drained(answers_in_pieces(inputs, model, lambda *chat: whole(partial(complete, *chat)), more=more))
+
+
+def answers_in_pieces(
+    inputs: Mapping[str, Any], model: str, complete: InPieces, *, more: Mapping[str, Any] | None = None
+) -> Generator[dict[str, Any], None, dict[str, Any]]:
+    """As `answers`, where `complete` yields pieces (`{output port: piece}`) of its answer on the way."""
     settings = Settings.of(inputs.get("params"))
     chats, batch = conversations(inputs)
     schema = inputs.get("schema")
@@ -177,13 +189,17 @@ def answers(
     seed = settings.seed if settings.seed is not None else context.node_seed()
     usage = tally()
     texts: list[str] = []
+    calls: list[list[dict[str, Any]]] = []
     for index, chat in enumerate(chats):
         own = derive_seed(seed, index)
         record = asked(chat, items, schema, settings, own) | dict(more or {})
-        got = context.ask(model, record, partial(complete, chat, items, schema, settings, own))
+        got = yield from context.ask_in_pieces(model, record, partial(complete, chat, items, schema, settings, own))
         usage = tally(usage, got["usage"])
         texts.append(got["answer"])
+        calls.append(got.get("tool_calls", []))
     out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
+    if any(calls):
+        out["tool_calls"] = calls if batch else calls[0]
     if schema is not None:
         data = [json.loads(text) for text in texts]
         out["data"] = data if batch else data[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ipaddress
+import math
 import os
 import threading
 import time
@@ -88,7 +89,7 @@ class HttpTransport:
         try:
             result, parts = unpack(kind, answer)
             outputs = {k: decode(v, parts, f"{call.path}.{k}") for k, v in result["outputs"].items()}
-            usage = {m: {k: int(n) for k, n in row.items()} for m, row in result.get("usage", {}).items()}
+            usage = {m: {k: _amount(n) for k, n in row.items()} for m, row in result.get("usage", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, PortValueError, ConfigError, RecursionError) as error:
             raise exchange.error(
                 "bad_answer", f"its answer is not readable: {type(error).__name__}: {error}"
@@ -109,6 +110,13 @@ class HttpTransport:
         if protocol != 1:
             raise exchange.error("protocol", f"it speaks protocol {protocol!r}; version 1 is needed")
         return answer
+
+
+def _amount(value: Any) -> float:
+    """A number of the ledger. Raises: ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no amount of use")
+    return value
 
 
 class _Exchange:

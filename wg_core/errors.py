@@ -106,6 +106,10 @@ class ApiRateLimitError(WGError, RuntimeError):
     """A provider refused a call for its rate or quota."""
 
 
+class BudgetExceededError(WGError, RuntimeError):
+    """A call of a model was refused, before it was made: it would exceed the run's budget."""
+
+
 class ApiResponseError(WGError, RuntimeError):
     """A provider's answer is not a result."""
 

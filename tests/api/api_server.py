@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import random
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 
+from wg_blocks.api.sound import to_wav
 from wg_blocks.llm_fake import invent
 from wg_blocks.maps import to_png
 
@@ -32,6 +34,23 @@ def status(code: int, message: str = "no", error_code: str | None = None, **head
     return {"status": code, "json": {"error": {"message": message, "code": error_code}}, "headers": headers}
 
 
+def events(*data: Any, named: bool = False, done: bool = True) -> dict[str, Any]:
+    """A reply that is an event stream; with `named` events have the name of their type."""
+    names = [f"event: {e['type']}\n" if named else "" for e in data]
+    texts = [e if isinstance(e, str) else json.dumps(e) for e in data]
+    lines = [f"{name}data: {text}\n\n" for name, text in zip(names, texts, strict=True)]
+    end = "data: [DONE]\n\n" * (done and not named)
+    return {"raw": ("".join(lines) + end).encode(), "headers": {"Content-Type": "text/event-stream; charset=utf-8"}}
+
+
+def deltas(text: str, finish: str | None = "stop", *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a chat completion: a word each, `more` deltas, the reason for its end, and usage."""
+    said = [{"content": piece} for piece in re.findall(r"\s*\S+", text)]
+    out: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": d}]} for d in (*said, *more)]
+    out += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}] if finish else []
+    return [*out, {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 7}}]
+
+
 class ApiServer(ThreadingHTTPServer):
     """`replies` are given first, in turn; then good answers. `seen` holds `(path, headers, body)` of all requests."""
 
@@ -45,6 +64,8 @@ class ApiServer(ThreadingHTTPServer):
         self.pause = 0.0
         self.lock = threading.Lock()
         self.over = threading.Event()
+        self.written = 0
+        self.left = threading.Event()
 
     @property
     def url(self) -> str:
@@ -84,6 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.get("hang"):
             self.server.over.wait(30)
             return
+        if "flow" in reply:
+            self._flow(reply["flow"])
+            return
         data = reply["raw"] if "raw" in reply else json.dumps(reply["json"]).encode()
         self.send_response(reply.get("status", 200))
         for name, value in {"Content-Type": "application/json", **reply.get("headers", {})}.items():
@@ -100,6 +124,23 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         self.close_connection = "length" in reply
 
+    def _flow(self, pieces: Iterable[bytes]) -> None:
+        """Write an event stream piece by piece; `left` is set when the client goes away."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                self.server.written += 1
+                if self.server.over.wait(0.002):
+                    return
+        except OSError:
+            self.server.left.set()
+        self.close_connection = True
+
 
 def good(path: str, body: Any) -> dict[str, Any]:
     if path.endswith("/chat/completions"):
@@ -107,7 +148,13 @@ def good(path: str, body: Any) -> dict[str, Any]:
         rng = random.Random(json.dumps(body, sort_keys=True))
         if form.get("type") == "json_schema":
             return chat(json.dumps(invent(form["json_schema"]["schema"], rng)))
-        return chat(f"An answer number {rng.randrange(10**6)}.")
+        text = f"An answer number {rng.randrange(10**6)}."
+        return events(*deltas(text)) if body.get("stream") else chat(text)
+    if path.endswith("/audio/speech"):
+        tone = np.sin(np.arange(len(body["input"]) * 100, dtype=np.float32) / 7)[None] * np.float32(0.5)
+        return {"raw": to_wav(tone, 24000), "headers": {"Content-Type": "audio/wav"}}
+    if path.endswith("/audio/transcriptions"):
+        return {"json": {"text": "The bell rings.", "usage": {"input_tokens": 14, "output_tokens": 4}}}
     if path.endswith("/embeddings"):
         rows = [{"index": i, "embedding": [float(len(t)), 0.5, -1]} for i, t in enumerate(body["input"])]
         return {"json": {"data": rows[::-1], "usage": {"prompt_tokens": 3}}}

@@ -19,7 +19,7 @@ from wg_core import Block, Graph, ModelPool
 from wg_core.assembly.registry import default_registry
 from wg_core.errors import ApiResponseError, ConfigError, MissingCredentialError, UnknownBlockTypeError
 
-TYPES = ("llm/api", "vlm/api", "embedding/api", "generator/api")
+TYPES = ("llm/api", "vlm/api", "embedding/api", "generator/api", "speech/api", "transcription/api")
 
 
 def build(block_type: str = "llm/api", **config: Any) -> Block:
@@ -31,14 +31,15 @@ import socket, sys
 def refuse(*a, **k): raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
 from wg_core import Graph
-for block_type, given in {"llm/api": "prompt", "vlm/api": "image", "embedding/api": "input", "generator/api": "prompt"}.items():
+inputs = {"llm": "prompt", "vlm": "image", "embedding": "input", "generator": "prompt", "speech": "text", "transcription": "audio"}
+for block_type, given in ((f"{role}/api", port) for role, port in inputs.items()):
     graph = Graph("g")
     graph.add_node(block_type, "a", config={"backend": "api", "provider": "openai", "model_id": "m", "api_key_env": "NOT_SET"})
     graph.expose_input("a", given, name=given)
     assert graph.validate().is_valid
     graph.run({given: "x"}, dry_run=True)
     assert Graph.from_config(graph.to_config()).to_config() == graph.to_config()
-assert not {"openai", "httpx2", "torch", "transformers"} & set(sys.modules), sorted(sys.modules)
+assert not {"openai", "anthropic", "httpx2", "torch", "transformers"} & set(sys.modules), sorted(sys.modules)
 """
 
 
@@ -52,7 +53,9 @@ def test_what_is_missing_is_named_at_building(block_type: str) -> None:
     """01 F-32."""
     with pytest.raises(ConfigError, match=r"config\.model_id: Field required"):
         build(block_type, backend="api", provider="fake")
-    with pytest.raises(ConfigError, match=r"model_id 'm' needs a provider or an endpoint_url; providers: fake, openai"):
+    with pytest.raises(
+        ConfigError, match=r"model_id 'm' needs a provider or an endpoint_url; providers: anthropic, fake, openai"
+    ):
         build(block_type, model_id="m")
     with pytest.raises(ConfigError, match=r"provider 'opnai' is not registered; did you mean 'openai'"):
         build(block_type, model_id="m", provider="opnai")
@@ -63,7 +66,7 @@ def test_what_is_missing_is_named_at_building(block_type: str) -> None:
 def test_any_type_of_the_role_takes_the_backend_and_no_other() -> None:
     """01 F-30, F-32: the same ports as the local form; an unknown backend lists what there is."""
     block = build("llm/hf", backend="api", provider="fake", model_id="m")
-    assert block.ports == CausalLM.ports
+    assert [p for p in block.ports if p.name not in ("tools", "tool_calls")] == list(CausalLM.ports)
     assert block.to_config()["config"] == {"backend": "api", "provider": "fake", "model_id": "m"}
     assert block.run({"prompt": "x"})["text"]
     for backend in ("vllm", "apy"):

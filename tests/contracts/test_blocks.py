@@ -57,6 +57,8 @@ CASES: dict[str, Case] = {
     "llm/api": (FAKE, lambda: {"prompt": "Who keeps the lamp?", "schema": {"type": "array", "items": {"type": "string"}}}),
     "vlm/api": (FAKE, lambda: {"image": tensor(2, 3, 4, 4), "prompt": ["What?", "And this?"]}),
     "embedding/api": (FAKE, lambda: {"input": ["one", "two"]}),
+    "speech/api": (FAKE, lambda: {"text": "The bell rings."}),
+    "transcription/api": (FAKE, lambda: {"audio": {"waveform": tensor(1, 160), "sample_rate": 8000}}),
     "generator/api": ({**FAKE, "size": "8x4"}, lambda: {"prompt": "a pier", "image": tensor(1, 3, 4, 4)}),
     "pipeline/ref": ({"pipeline": {"id": "p", "nodes": [{"node_id": "inner", "config": GRAPH}], "exposed_inputs": [
         {"node_id": "inner", "port_name": p, "name": p} for p in ("latent", "timestep")

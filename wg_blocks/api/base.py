@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
 
+from wg_blocks.api.cache import ResponseCache
 from wg_blocks.api.client import Limits
 from wg_blocks.api.providers import Endpoint, Provider, check_url, client_for, providers
 from wg_core import Block, current_context
@@ -23,12 +26,13 @@ _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Prices(BaseModel):
-    """What a million tokens cost, in any one currency."""
+    """What a million tokens cost, and a `call` beside them (a picture, a recording), in any one currency."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: float = Field(default=0.0, ge=0)
     completion: float = Field(default=0.0, ge=0)
+    call: float = Field(default=0.0, ge=0)
 
 
 class ApiConfig(BaseModel):
@@ -36,7 +40,8 @@ class ApiConfig(BaseModel):
 
     `endpoint_url` is `http(s)://...` or `env:NAME`; without it the provider's own. `api_key_env` names the variable
     with the key; without it no key is sent to an `endpoint_url`. `timeout_s` is for one answer, with all attempts.
-    `prices` are per million tokens. `options` go to the provider, `extra_body` into each request as they are.
+    `prices` are per million tokens. With `cache` an answer is kept under the engine's home folder, by the whole request,
+    and an equal request is not made again. `options` go to the provider, `extra_body` into each request as they are.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +55,7 @@ class ApiConfig(BaseModel):
     max_concurrent_requests: int = Field(default=8, ge=1, le=256)
     max_response_bytes: int = Field(default=8 << 20, ge=1024, le=1 << 30)
     prices: Prices | None = None
+    cache: bool = False
     options: dict[str, Any] = {}
     extra_body: dict[str, Any] = {}
     allow_http: bool = False
@@ -66,11 +72,30 @@ class ChatConfig(ApiConfig):
     wire: dict[str, str | None] = {}
 
 
+@dataclass(frozen=True)
+class Asking(Generic[T]):
+    """One request as a block makes it: `request` is plain JSON and all that decides the answer, `shown` what hooks see.
+
+    `prompt_tokens` and `completion_tokens` are what it may take; `tokens(answer)` is what it took. `check(answer)` raises
+    for what is no result.
+    """
+
+    request: Mapping[str, Any]
+    shown: Mapping[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: Callable[[T], tuple[int, int]]
+    show: Callable[[T], Any]
+    to_json: Callable[[T], Any]
+    of_json: Callable[[Any], T]
+    check: Callable[[T], object] | None = None
+
+
 class ApiBlock(Block):
     """Base of blocks whose model runs elsewhere: no weights, no parameters, nothing is contacted before the first call.
 
     Raises: ConfigError at building; at a call MissingCredentialError, ApiTimeoutError, ApiRateLimitError,
-    ApiResponseError.
+    ApiResponseError, BudgetExceededError.
     """
 
     config_model: ClassVar[type[ApiConfig]] = ApiConfig
@@ -100,25 +125,66 @@ class ApiBlock(Block):
         )
         self.limits = Limits(api.timeout_s, api.max_retries, api.max_concurrent_requests, api.max_response_bytes)
         self.model = f"{name}/{api.model_id}"
+        self._where = {
+            "provider": name, "endpoint_url": api.endpoint_url, "options": api.options, "extra_body": api.extra_body,
+            "model": api.model_id,
+        }  # fmt: skip
+        self._cache = ResponseCache() if api.cache else None
 
-    def call(self, attempt: Callable[[Provider], Awaitable[T]]) -> tuple[T, float]:
-        """One answer through the shared client, and the seconds that it took."""
-        started = time.perf_counter()
-        answer = client_for(self.endpoint).call(self.model, attempt, self.limits, current_context().frame)
-        return answer, time.perf_counter() - started
+    def ask(
+        self, asking: Asking[T], attempt: Callable[..., Awaitable[T]], *, stream: bool = False
+    ) -> Generator[str, None, tuple[T, dict[str, int]]]:
+        """One answer through the shared client, from the cache if it is kept there; counted and told to the run's hooks.
+
+        Gives the answer and its `{calls, prompt_tokens, completion_tokens}`, which are 0 for one that was kept.
+
+        `attempt(provider)` makes one attempt, `attempt(provider, tell)` where the answer is to be streamed. The call is
+        held to the run's budget before it is made. Raises: BudgetExceededError, and what the client raises.
+        """
+        context = current_context()
+        request = {**self._where, **asking.request}
+        kept = self._cache.get(request) if self._cache is not None else None
+        if kept is not None:
+            answer = asking.of_json(kept)
+            self._tell(asking, answer, 0.0, {"prompt_tokens": 0, "completion_tokens": 0}, cached=True)
+            return answer, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        most = self.cost(asking.prompt_tokens, asking.completion_tokens)
+        with context.hold(self.model, tokens=asking.prompt_tokens + asking.completion_tokens, cost=most) as held:
+            started = time.perf_counter()
+            client = client_for(self.endpoint)
+            if stream:
+                answer = yield from client.pieces(self.model, attempt, self.limits, context.frame)
+            else:
+                answer = client.call(self.model, attempt, self.limits, context.frame)
+            seconds = time.perf_counter() - started
+            prompt, completion = asking.tokens(answer)
+            counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+            if self.api.prices is not None:
+                counts["cost"] = self.cost(prompt, completion)
+            context.add_usage(self.model, **counts, held=held)
+        self._tell(asking, answer, seconds, counts)
+        if asking.check is not None:
+            asking.check(answer)
+        if self._cache is not None:
+            self._cache.put(request, asking.to_json(answer))
+        return answer, {"calls": 1, "prompt_tokens": prompt, "completion_tokens": completion}
 
     def provider(self) -> Provider:
         """The provider behind the shared client."""
         return client_for(self.endpoint).provider
 
-    def count(self, request: Mapping[str, Any], answer: Any, seconds: float, prompt: int, completion: int) -> None:
-        """Put one answer into the run's ledger and tell its hooks."""
-        counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
-        context = current_context()
-        context.add_usage(self.model, **counts)
-        if self.api.prices is not None:
-            counts["cost"] = (prompt * self.api.prices.prompt + completion * self.api.prices.completion) / 1e6
-        context.emit("model_call", model=self.model, request=dict(request), answer=answer, seconds=seconds, **counts)
+    def cost(self, prompt: int, completion: int) -> float | None:
+        """What so many tokens cost, None where it is not known."""
+        prices = self.api.prices
+        if prices is None:
+            return 0.0 if self.endpoint.provider == "fake" else None
+        return prices.call + (prompt * prices.prompt + completion * prices.completion) / 1e6
+
+    def _tell(self, asking: Asking[T], answer: T, seconds: float, counts: Mapping[str, Any], **more: Any) -> None:
+        current_context().emit(
+            "model_call", model=self.model, request=dict(asking.shown), answer=asking.show(answer), seconds=seconds,
+            **counts, **more,
+        )  # fmt: skip
 
 
 def clean(value: Any) -> Any:
@@ -130,3 +196,13 @@ def clean(value: Any) -> Any:
     if isinstance(value, dict):
         return {clean(k): clean(v) for k, v in value.items()}
     return value
+
+
+def estimate(text: str) -> int:
+    """Tokens of a text, where the model's tokenizer is elsewhere: four for three words, one for four characters."""
+    return max(-(-len(text.split()) * 4 // 3), -(-len(text) // 4))
+
+
+def sha(data: bytes) -> str:
+    """The sha256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()

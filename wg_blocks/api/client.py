@@ -7,14 +7,15 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from wg_blocks.api.providers import Fault, Provider
+from wg_blocks.api.providers import Fault, Provider, Tell
 from wg_core.errors import ApiTimeoutError
 from wg_core.execution.context import Frame, check_stop
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 MAX_PAUSE_S = 60.0  # a longer wish of the server (Retry-After) is not waited for
 FIRST_PAUSE_S = 0.5
 LONGEST_BACKOFF_S = 8.0
+PIECES_AHEAD = 4  # of a stream, that nobody has asked for yet
 _LOOK_S = 0.05
 
 max_response_bytes: ContextVar[int] = ContextVar("max_response_bytes", default=8 << 20)
@@ -47,6 +49,7 @@ class Client:
         self._running = 0
         self._free: asyncio.Condition | None = None
         self._quiet_until = 0.0
+        self._streams: set[Future[None]] = set()
 
     def call(
         self, what: str, attempt: Callable[[Provider], Awaitable[T]], limits: Limits, frame: Frame | None = None
@@ -57,17 +60,57 @@ class Client:
         """
         return _wait(self._answer(what, attempt, limits), frame)
 
-    async def _answer(self, what: str, attempt: Callable[[Provider], Awaitable[T]], limits: Limits) -> T:
+    def pieces(
+        self, what: str, attempt: Callable[[Provider, Tell], Awaitable[T]], limits: Limits, frame: Frame | None = None
+    ) -> Generator[str, None, T]:
+        """What `call` gives, with the pieces that `attempt` tells on the way; closing it ends the request.
+
+        Nothing is tried again once a piece was told. A reader that takes its time holds the request back, not its
+        deadline. Raises: what `call` raises.
+        """
+        ahead: asyncio.Queue[_Told[T]] = asyncio.Queue(PIECES_AHEAD)
+
+        async def work() -> None:
+            try:
+                end = _Told(value=await self._answer(what, attempt, limits, ahead))
+            except Exception as error:
+                end = _Told[T](error=error)
+            await ahead.put(end)
+
+        working = asyncio.run_coroutine_threadsafe(work(), _calls.get())
+        self._streams.add(working)  # a loop holds its tasks weakly
+        working.add_done_callback(self._streams.discard)
+        try:
+            while True:
+                told = _wait(ahead.get(), frame)
+                if told.error is not None:
+                    raise told.error
+                if told.piece is None:
+                    return cast(T, told.value)
+                yield told.piece
+        finally:
+            working.cancel()
+
+    async def _answer(
+        self,
+        what: str,
+        attempt: Callable[..., Awaitable[T]],
+        limits: Limits,
+        ahead: asyncio.Queue[_Told[T]] | None = None,
+    ) -> T:
         max_response_bytes.set(limits.max_response_bytes)
         async with self._turn(limits.max_concurrent_requests):
             ends = time.monotonic() + limits.timeout_s
             failure: Exception = ApiTimeoutError(f"{what}: no attempt was made")
-            said = ""
+            said, told = "", None
             for left in range(limits.max_retries, -1, -1):
                 try:
-                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + ends - time.monotonic()):
+                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + ends - time.monotonic()) as scope:
                         await asyncio.sleep(max(0.0, self._quiet_until - time.monotonic()))
-                        return await attempt(self.provider)
+                        if ahead is None:
+                            return await attempt(self.provider)
+                        told = _Teller(ahead, scope)
+                        return await attempt(self.provider, told)
                 except TimeoutError:
                     last = f" (before that: {said})" if said else ""
                     failure = ApiTimeoutError(
@@ -80,7 +123,12 @@ class Client:
                     pause = fault.wait if fault.wait is not None else back_off * random.uniform(0.75, 1)
                     if fault.wait is not None and fault.wait <= MAX_PAUSE_S:
                         self._quiet_until = max(self._quiet_until, time.monotonic() + fault.wait)
-                    if not fault.again or not left or pause > min(MAX_PAUSE_S, ends - time.monotonic()):
+                    if (
+                        not fault.again
+                        or not left
+                        or (told is not None and told.began)
+                        or pause > min(MAX_PAUSE_S, ends - time.monotonic())
+                    ):
                         break
                 await asyncio.sleep(pause)
         raise failure
@@ -102,6 +150,36 @@ class Client:
     def close(self) -> None:
         """Close connections."""
         _wait(self.provider.close(), None)
+
+
+@dataclass(frozen=True)
+class _Told(Generic[T]):
+    """A piece, or the end: a value or an error."""
+
+    piece: str | None = None
+    value: T | None = None
+    error: Exception | None = None
+
+
+class _Teller:
+    """Hands pieces on; while the reader is behind, the deadline of the attempt waits too."""
+
+    def __init__(self, ahead: asyncio.Queue[Any], scope: asyncio.Timeout) -> None:
+        self._ahead = ahead
+        self._scope = scope
+        self.began = False
+
+    async def __call__(self, piece: str) -> None:
+        self.began = True
+        when = self._scope.when()
+        if not self._ahead.full() or when is None:
+            await self._ahead.put(_Told(piece))
+            return
+        loop = asyncio.get_running_loop()
+        left = when - loop.time()
+        self._scope.reschedule(None)
+        await self._ahead.put(_Told(piece))
+        self._scope.reschedule(loop.time() + left)
 
 
 # ---- the thread that all calls run in: cancelling a task there ends its request at once

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from wg_blocks.api.base import ApiBlock, ApiConfig
+from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, estimate
 from wg_blocks.api.providers import Provider
 from wg_core import Port, current_context
 from wg_core.errors import ApiResponseError, PortValueError
+from wg_core.execution.context import drained
 
 BATCH = 256
 
@@ -59,11 +60,26 @@ class ApiEmbedding(ApiBlock):
 
     def _embed(self, texts: list[str]) -> dict[str, Any]:
         settings = {"dimensions": self.api.dimensions} if self.api.dimensions is not None else {}
-        (vectors, tokens), seconds = self.call(
-            partial(_ask, self.api.model_id, texts, {**settings, **self.api.extra_body})
+        asking = Asking[tuple[list[Any], int]](
+            request={"texts": texts, **settings},
+            shown={"texts": len(texts), **settings},
+            prompt_tokens=sum(map(estimate, texts)),
+            completion_tokens=0,
+            tokens=lambda answer: (answer[1], 0),
+            show=lambda answer: f"{len(answer[0])} vectors",
+            to_json=list,
+            of_json=tuple,
+            check=partial(self._check, len(texts)),
         )
-        if len(vectors) != len(texts):
-            raise ApiResponseError(f"{self.model}: {len(vectors)} vectors for {len(texts)} texts")
+        attempt = partial(_ask, self.api.model_id, texts, {**settings, **self.api.extra_body})
+        (vectors, _), usage = drained(self.ask(asking, attempt))
+        return {"answer": [[float(x) for x in v] for v in vectors], "usage": usage}
+
+    def _check(self, due: int, answer: tuple[list[Any], int]) -> None:
+        """Raises: ApiResponseError for vectors that are none, or of another size than those before."""
+        vectors, _ = answer
+        if len(vectors) != due:
+            raise ApiResponseError(f"{self.model}: {len(vectors)} vectors for {due} texts")
         for vector in vectors:
             if not isinstance(vector, list) or not vector or not all(_number(x) for x in vector):
                 raise ApiResponseError(f"{self.model}: a vector is a list of finite numbers, not {str(vector)[:80]}")
@@ -71,10 +87,6 @@ class ApiEmbedding(ApiBlock):
                 self._size = len(vector)
             if len(vector) != self._size:
                 raise ApiResponseError(f"{self.model}: a vector has {len(vector)} numbers where {self._size} are due")
-        request = {"texts": len(texts), **settings}
-        self.count(request, f"{len(vectors)} vectors of {self._size} numbers", seconds, tokens, 0)
-        usage = {"calls": 1, "prompt_tokens": tokens, "completion_tokens": 0}
-        return {"answer": [[float(x) for x in v] for v in vectors], "usage": usage}
 
 
 def _number(value: Any) -> bool:

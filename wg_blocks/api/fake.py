@@ -6,10 +6,12 @@ import colorsys
 import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wg_blocks.api.providers import Chat, Endpoint, Fault, Picture, Text
+from wg_blocks.api.providers import Chat, Endpoint, Fault, Hear, Picture, Speak, Tell, Text, ToolCall
+from wg_blocks.api.sound import to_wav
 from wg_blocks.llm_fake import Writer
 from wg_blocks.maps import to_png
 from wg_core.errors import ApiRateLimitError, ApiResponseError, ApiTimeoutError, ConfigError, did_you_mean
@@ -24,7 +26,8 @@ _FAULTS: Mapping[str, Any] = {
 
 
 class Fake:
-    """Option `script`: answers to chats in turn, from the first again after the last; `{"fault": NAME}` fails.
+    """Option `script`: answers to chats in turn, from the first again after the last; `{"fault": NAME}` fails, and
+    `{"tool_calls": [{name, arguments}]}` calls tools where any are offered.
 
     Faults are timeout, rate_limit, quota, server_error and refusal. The position in a script is the endpoint's.
     """
@@ -49,7 +52,7 @@ class Fake:
                 )
         self._writer = Writer(script)
 
-    async def chat(self, chat: Chat) -> Text:
+    async def chat(self, chat: Chat, tell: Tell | None = None) -> Text:
         messages = [dict(m) for m in chat.messages]
         rng = _random(chat.seed, chat.model, messages, [hashlib.sha256(i).hexdigest() for i in chat.images])
         schema = chat.form.get("schema") if chat.form is not None else None
@@ -57,6 +60,12 @@ class Fake:
         if self._writer.script and text.startswith('{"fault":'):
             raise _FAULTS[json.loads(text)["fault"]]()
         words = sum(len(m["content"].split()) for m in messages)
+        if self._writer.script and chat.tools and text.startswith('{"tool_calls":'):
+            calls = json.loads(text)["tool_calls"]
+            named = [ToolCall(f"call_{i}", c["name"], json.dumps(c["arguments"])) for i, c in enumerate(calls)]
+            return Text("", True, words, len(text.split()), tuple(named))
+        for piece in re.findall(r"\S+\s*", text) if tell is not None else ():
+            await tell(piece)
         return Text(text, True, words, len(text.split()))
 
     async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
@@ -86,6 +95,21 @@ class Fake:
         slope = np.add.outer(np.linspace(0, 0.5, height), np.linspace(0, 0.5, width))[..., None]
         pixels = (255 * (ends[0] + (ends[1] - ends[0]) * slope)).astype(np.uint8)
         return to_png(np.ascontiguousarray(pixels)), len(picture.prompt.split()), 0
+
+    async def speak(self, speak: Speak) -> bytes:
+        """A tone for each word, its pitch the word's own."""
+        import numpy as np
+
+        rate, tones = 8000, list[Any]()
+        for word in speak.text.lower().split():
+            pitch = 110 * 2 ** (_random(speak.model, word).randrange(24) / 12)
+            tones.append(np.sin(2 * np.pi * pitch * np.arange(rate // 8) / rate) * 0.3)
+        return to_wav(np.concatenate(tones or [np.zeros(rate // 8)])[None].astype(np.float32), rate)
+
+    async def hear(self, hear: Hear) -> Text:
+        """A text that only the recording decides."""
+        text = self._writer.write(_random(hear.model, hashlib.sha256(hear.wav).hexdigest()), None, 64)
+        return Text(text, True, 0, len(text.split()))
 
     async def close(self) -> None:
         """Nothing is open."""

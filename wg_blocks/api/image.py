@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from wg_blocks.api.base import ApiBlock, ApiConfig
+from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, estimate, sha
 from wg_blocks.api.pictures import as_image, pngs, read_picture
 from wg_blocks.api.providers import Picture, Provider
 from wg_blocks.maps import from_png, to_png
 from wg_core import Port, current_context
 from wg_core.errors import ApiResponseError, ConfigError, PortValueError, did_you_mean
+from wg_core.execution.context import drained
 
 _PARAMS: Mapping[str, Any] = {"size": str, "quality": str, "style": str, "background": str}
 _SEEDS = 2**31
@@ -69,31 +71,41 @@ class ApiImage(ApiBlock):
             given[0] if given else None,
         )
         made: dict[str, bytes] = {}
-        request = {"prompt": inputs["prompt"], "settings": settings, "seed": seed, "image": [_sha(g) for g in given]}
+        request = {"prompt": inputs["prompt"], "settings": settings, "seed": seed, "image": [sha(g) for g in given]}
         got = context.ask(self.model, request, partial(self._make, asking, request, made))
         png = made.get(got["answer"]) or context.blobs.get(got["answer"])
         return {"image_out": as_image(from_png(png, self.name))}
 
     def _make(self, asking: Picture, request: Mapping[str, Any], made: dict[str, bytes]) -> dict[str, Any]:
-        (data, prompt, completion), seconds = self.call(partial(_ask, asking))
+        ask = Asking[tuple[bytes, int, int]](
+            request={**request, "settings": dict(asking.settings)},
+            shown=request,
+            prompt_tokens=estimate(asking.prompt),
+            completion_tokens=0,
+            tokens=lambda answer: answer[1:],
+            show=lambda answer: f"a picture of {len(answer[0])} bytes",
+            to_json=lambda answer: [base64.b64encode(answer[0]).decode(), *answer[1:]],
+            of_json=lambda kept: (base64.b64decode(kept[0]), *kept[1:]),
+            check=lambda answer: self._pixels(asking, answer[0]),
+        )
+        (data, _, _), usage = drained(self.ask(ask, partial(_ask, asking)))
+        png = to_png(
+            self._pixels(asking, data)
+        )  # written as artifacts are, so that the record names the bytes that the world keeps
+        name = sha(png)
+        made[name] = png
+        if (context := current_context()).frame is not None:
+            context.blobs.put(png)
+        return {"answer": name, "usage": usage}
+
+    def _pixels(self, asking: Picture, data: bytes) -> Any:
+        """The pixels of an answer. Raises: ApiResponseError for no picture, or one of another size than asked for."""
         pixels = read_picture(data, self.model)
         height, width = pixels.shape[:2]
         wanted = str(asking.settings.get("size", "auto"))
         if wanted not in ("auto", f"{width}x{height}"):
             raise ApiResponseError(f"{self.model}: a picture of {width}x{height} came where {wanted} was asked for")
-        png = to_png(pixels)  # written as artifacts are, so that the record names the bytes that the world keeps
-        sha = _sha(png)
-        made[sha] = png
-        if (context := current_context()).frame is not None:
-            context.blobs.put(png)
-        self.count(request, f"{width}x{height}", seconds, prompt, completion)
-        return {"answer": sha, "usage": {"calls": 1, "prompt_tokens": prompt, "completion_tokens": completion}}
-
-
-def _sha(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
+        return pixels
 
 
 async def _ask(picture: Picture, provider: Provider) -> tuple[bytes, int, int]:

@@ -5,32 +5,39 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from wg_blocks.api.base import ApiBlock, ApiConfig, ChatConfig, clean
-from wg_blocks.api.providers import Chat, Provider, Text
+from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, ChatConfig, clean, estimate, sha
+from wg_blocks.api.providers import Chat, Provider, Tell, Text, ToolCall
 from wg_blocks.api.strict import strict_form, without_nulls
+from wg_blocks.api.tool_calls import TOOL_PORTS, checked_tools, read_calls
 from wg_blocks.json_schema import problems
 from wg_blocks.prompt import (
     LLM_PORTS,
     Message,
     Settings,
-    answers,
+    answers_in_pieces,
+    conversations,
     pack,
     whole_sentences,
     with_context,
 )
 from wg_core import Port
 from wg_core.errors import ApiResponseError, OutputContractError
-from wg_core.execution.context import derive_seed
+from wg_core.execution.context import derive_seed, drained
 
 _log = logging.getLogger("wg_blocks.api")
 
 _HERE = ("context_tokens", "max_repairs", "whole_sentences", "seed")  # settings that never go to the server by name
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")  # names of the limit of tokens
 _SEEDS = 2**31  # servers differ in how large a seed they take; all take this
+
+
+Answer = TypeVar("Answer")
 
 
 class ApiChat(ApiBlock):
@@ -49,15 +56,24 @@ class ApiChat(ApiBlock):
         super().__init__(block_id, config=config)
         self._told: set[str] = set()
 
-    def complete(self, inputs: Mapping[str, Any], images: Sequence[bytes] = ()) -> dict[str, Any]:
-        """`{text, usage, data?}` for the inputs; `images` (PNG) are shown with each prompt."""
+    def complete(
+        self, inputs: Mapping[str, Any], images: Sequence[bytes] = (), *, stream: bool = False
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """`{text, usage, data?, tool_calls?}` for the inputs; `images` (PNG) are shown with each prompt.
+
+        With `stream` pieces of the text come on the way where they can be relied on: for one chat, without a schema
+        and without tools, whose answers may have to be asked for again.
+        """
         params = dict(inputs.get("params") or {})
-        complete = partial(self._complete, params=params, images=images)
-        return answers(inputs, self.model, complete, more={"images": [_sha(i) for i in images]} if images else None)
+        tools = checked_tools(inputs.get("tools") or (), self.name)
+        alone = conversations(inputs)[1] is False and inputs.get("schema") is None and not tools
+        complete = partial(self._complete, params=params, images=images, tools=tools, stream=stream and alone)
+        more: dict[str, Any] = {"images": [sha(i) for i in images]} if images else {}
+        return answers_in_pieces(inputs, self.model, complete, more={**more, **({"tools": tools} if tools else {})})
 
     def estimate_tokens(self, text: str) -> tuple[int, str]:
         """Tokens of a text, and how they were counted: by words, as the model's tokenizer is elsewhere."""
-        return _estimate(text), "words"
+        return estimate(text), "words"
 
     def _complete(
         self,
@@ -69,8 +85,10 @@ class ApiChat(ApiBlock):
         *,
         params: Mapping[str, Any],
         images: Sequence[bytes],
-    ) -> dict[str, Any]:
-        lines = pack(items, settings.context_tokens, _estimate)
+        tools: Sequence[Mapping[str, Any]],
+        stream: bool,
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        lines = pack(items, settings.context_tokens, estimate)
         messages = with_context(list(chat), lines)
         form, wrapped = None, False
         if schema is not None:
@@ -80,31 +98,35 @@ class ApiChat(ApiBlock):
         usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
         usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
         written, wrong, again = "", ["no attempt was made"], list(messages)
-        for attempt in range(1 + (settings.max_repairs if schema is not None else 0)):
+        tried = 1 + (settings.max_repairs if schema is not None or tools else 0)
+        for attempt in range(tried):
             room = settings.max_new_tokens * (2 + attempt) // 2
             sent = self._settings(settings, params, room, derive_seed(seed, attempt) % _SEEDS)
-            asking = Chat(self.api.model_id, again, sent, seed, form, images, self.api.extra_body)
-            answer, seconds = self.call(partial(_ask, asking))
-            usage["calls"] += 1
-            usage["prompt_tokens"] += answer.prompt_tokens
-            usage["completion_tokens"] += answer.completion_tokens
+            asking = Chat(self.api.model_id, again, sent, seed, form, images, self.api.extra_body, tools)
+            answer, counts = yield from _as_text(
+                self.ask(_request(asking, schema), partial(_ask, asking), stream=stream)
+            )
+            usage |= {name: usage[name] + number for name, number in counts.items()}
             written = clean(answer.text)
-            request = {"messages": [dict(m) for m in again], "schema": schema, "settings": sent}
-            self.count(request, written, seconds, answer.prompt_tokens, answer.completion_tokens)
-            if schema is None:
+            kept = {"messages": [dict(m) for m in messages], "usage": usage}
+            if answer.tool_calls:
+                calls, wrong = read_calls(answer.tool_calls, tools)
+                if not wrong:
+                    return {"answer": written.strip(), "tool_calls": calls, **kept}
+                written = written or json.dumps([asdict(c) for c in answer.tool_calls], ensure_ascii=False)
+            elif schema is None:
                 if not written.strip():
                     raise ApiResponseError(
                         f"{self.model}: the model wrote nothing; raise params.max_new_tokens ({room})"
                     )
-                text = _finished(written, answer.ended, settings)
-                return {"answer": text, "messages": [dict(m) for m in messages], "usage": usage}
-            value, wrong = _read(written, schema, wrapped, answer.ended)
-            if not wrong:
-                text = json.dumps(value, ensure_ascii=False)
-                return {"answer": text, "messages": [dict(m) for m in messages], "usage": usage}
+                return {"answer": _finished(written, answer.ended, settings), **kept}
+            else:
+                value, wrong = _read(written, schema, wrapped, answer.ended)
+                if not wrong:
+                    return {"answer": json.dumps(value, ensure_ascii=False), **kept}
             again = [*messages, *_please(written, wrong)] if answer.ended else list(messages)
         raise OutputContractError(
-            f"{self.model} gave no valid structure in {1 + settings.max_repairs} attempts: {'; '.join(wrong)}; "
+            f"{self.model} gave no valid structure in {tried} attempts: {'; '.join(wrong)}; "
             f"raise params.max_repairs or params.max_new_tokens, or change structure. It wrote: {written[:2000]}"
         )
 
@@ -138,27 +160,51 @@ class ApiChat(ApiBlock):
 
 
 class ApiLLM(ApiChat):
-    """A language model behind an API."""
+    """A language model behind an API; `tools` are offered natively and its calls come out as `tool_calls`."""
 
     role = "llm"
-    ports: Sequence[Port] = LLM_PORTS
+    ports: Sequence[Port] = (*LLM_PORTS, *TOOL_PORTS)
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return self.complete(inputs)
+        return drained(self.complete(inputs))
+
+    def stream_forward(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        return self.complete(inputs, stream=True)
 
 
-async def _ask(chat: Chat, provider: Provider) -> Text:
-    return await provider.chat(chat)
+def _request(asking: Chat, schema: Any) -> Asking[Text]:
+    """A chat as one request."""
+    shown = {"messages": [dict(m) for m in asking.messages], "schema": schema, "settings": asking.settings}
+    shown |= {"tools": list(asking.tools)} if asking.tools else {}
+    offered = json.dumps([asking.form, list(asking.tools)]) if asking.form or asking.tools else ""
+    return Asking(
+        request={**shown, "seed": asking.seed, "form": asking.form, "images": [sha(i) for i in asking.images]},
+        shown=shown,
+        prompt_tokens=sum(estimate(str(m["content"])) for m in asking.messages) + estimate(offered),
+        completion_tokens=next((v for k, v in asking.settings.items() if k in _LIMITS), 0),
+        tokens=lambda answer: (answer.prompt_tokens, answer.completion_tokens),
+        show=lambda answer: clean(answer.text),
+        to_json=asdict,
+        of_json=lambda kept: Text(**{**kept, "tool_calls": tuple(ToolCall(**c) for c in kept["tool_calls"])}),
+    )
 
 
-def _estimate(text: str) -> int:
-    return -(-len(text.split()) * 4 // 3)
+def _as_text(pieces: Generator[str, None, Answer]) -> Generator[dict[str, Any], None, Answer]:
+    """Pieces keyed by the port that they are of."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            yield {"text": clean(piece)}
+        except BaseException:
+            pieces.close()
+            raise
 
 
-def _sha(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
+async def _ask(chat: Chat, provider: Provider, tell: Tell | None = None) -> Text:
+    return await provider.chat(chat, tell)
 
 
 def _read(text: str, schema: Mapping[str, Any], wrapped: bool, ended: bool) -> tuple[Any, list[str]]:

@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -85,31 +85,48 @@ def check_url(url: str, what: str, *, allow_http: bool) -> None:
         raise ConfigError(f"{what}: a key would travel in the clear to {host}; use https, or say allow_http: true")
 
 
+Tell = Callable[[str], Awaitable[None]]
+"""Takes one piece of a text; waits while nobody asks for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool as a model wrote it: `arguments` is JSON text, not yet checked."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     """One chat to complete; `images` (PNG) belong to the last user message, `settings` have the provider's names.
 
-    `form` is None or how a structure is asked for: `{"type": "json_schema", "schema": ..., "strict": ...}` or
-    `{"type": "json_object"}`.
+    `messages` are `{role, content}`, those of an assistant perhaps with `tool_calls` (`{id, name, arguments}`), those of
+    the role `tool` with the `tool_call_id` that they answer. `tools` are `{name, description, parameters}`, the last a
+    JSON schema. `form` is None or how a structure is asked for: `{"type": "json_schema", "schema": ..., "strict": ...}`
+    or `{"type": "json_object"}`.
     """
 
     model: str
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any]
     seed: int
     form: Mapping[str, Any] | None = None
     images: Sequence[bytes] = ()
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What a model wrote, whether it ended by itself, and the tokens that it took."""
+    """What a model wrote, whether it ended by itself, the tokens that it took, and the tools that it calls."""
 
     text: str
     ended: bool
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +138,24 @@ class Picture:
     settings: Mapping[str, Any]
     seed: int
     image: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speak:
+    """One text to say."""
+
+    model: str
+    text: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """One recording (WAV) to write down."""
+
+    model: str
+    wav: bytes
+    settings: Mapping[str, Any]
 
 
 class Provider(Protocol):
@@ -135,7 +170,9 @@ class Provider(Protocol):
     strict: bool
     lengths: bool
 
-    async def chat(self, chat: Chat) -> Text: ...
+    async def chat(self, chat: Chat, tell: Tell | None = None) -> Text:
+        """The whole answer; with `tell` it is streamed and its pieces are told as they come."""
+        ...
 
     async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
         """Vectors in the order of `texts`, and the tokens that they took."""
@@ -143,6 +180,14 @@ class Provider(Protocol):
 
     async def picture(self, picture: Picture) -> tuple[bytes, int, int]:
         """The bytes of an image file, prompt tokens and completion tokens."""
+        ...
+
+    async def speak(self, speak: Speak) -> bytes:
+        """The bytes of a sound file (WAV)."""
+        ...
+
+    async def hear(self, hear: Hear) -> Text:
+        """What is said in a recording."""
         ...
 
     async def close(self) -> None: ...
@@ -218,7 +263,8 @@ class ProviderRegistry:
 
 
 providers = ProviderRegistry(plugins=True)
-providers.register("openai", "wg_blocks.api.openai_chat:OpenAI")
+providers.register("openai", "wg_blocks.api.openai_api:OpenAI")
+providers.register("anthropic", "wg_blocks.api.anthropic_messages:Anthropic")
 providers.register("fake", "wg_blocks.api.fake:Fake")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from wg_blocks.api.llm import ApiChat
@@ -10,6 +10,7 @@ from wg_blocks.api.pictures import pngs
 from wg_blocks.prompt import LLM_PORTS, tally
 from wg_core import Port
 from wg_core.errors import PortValueError
+from wg_core.execution.context import drained
 
 
 class ApiVLM(ApiChat):
@@ -26,6 +27,12 @@ class ApiVLM(ApiChat):
     )
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return drained(self._looked(inputs, stream=False))
+
+    def stream_forward(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        return self._looked(inputs, stream=True)
+
+    def _looked(self, inputs: dict[str, Any], *, stream: bool) -> Generator[dict[str, Any], None, dict[str, Any]]:
         pictures, batch = pngs(inputs["image"], f"{self.name}.image")
         prompt = inputs.get("prompt") or "Describe this picture."
         if isinstance(prompt, list) and len(prompt) != len(pictures):
@@ -33,7 +40,8 @@ class ApiVLM(ApiChat):
         answers: list[dict[str, Any]] = []
         for i, picture in enumerate(pictures):
             asked = prompt[i] if isinstance(prompt, list) else prompt
-            answers.append(self.complete({**inputs, "prompt": asked}, [picture]))
+            alone = stream and len(pictures) == 1
+            answers.append((yield from self.complete({**inputs, "prompt": asked}, [picture], stream=alone)))
         usage = tally()
         for answer in answers:
             usage = tally(usage, answer["usage"])

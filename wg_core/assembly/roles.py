@@ -310,9 +310,31 @@ class Generator(Block):
     )
 
 
+class Speech(Block):
+    """A text, said; `audio` is `{waveform, sample_rate}`."""
+
+    role = "speech"
+    ports = (
+        Port("text", "in", "text", aliases=("prompt",)),
+        Port("params", "in", "dict", True),
+        Port("audio", "out", "audio"),
+    )
+
+
+class Transcription(Block):
+    """What is said in a recording, `{waveform, sample_rate}`."""
+
+    role = "transcription"
+    ports = (
+        Port("audio", "in", "audio"),
+        Port("prompt", "in", "text", True),
+        Port("text", "out", "text", aliases=("output",)),
+    )
+
+
 for _abstract in (
     Backbone, Solver, Codec, Conditioner, Tokenizer, Adapter, Guidance, LLM, VLM, Embedding, Agent, Tool, Initializer,
-    PositionEmbedder, Pooler, Projection, Loss, Generator,
+    PositionEmbedder, Pooler, Projection, Loss, Generator, Speech, Transcription,
 ):  # fmt: skip
     if _abstract.role is not None:
         register_role(_abstract.role, _abstract)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from wg_core.errors import (
     AbortRun,
     AgentStepLimitError,
+    BudgetExceededError,
     NodeExecutionError,
     OutputContractError,
     PortValueError,
@@ -348,9 +349,9 @@ def _told(error: Exception) -> str:
 
 
 def _stops(error: BaseException | None) -> bool:
-    """Whether an error ends the run whatever the policy: it was cancelled, is over its time, or leaves its record."""
+    """Whether an error ends the run whatever the policy: it was cancelled, is over its time or its budget, or leaves its record."""
     while error is not None:
-        if isinstance(error, (AbortRun, RunTimeoutError, ReplayError)):
+        if isinstance(error, (AbortRun, RunTimeoutError, BudgetExceededError, ReplayError)):
             return True
         error = error.__cause__
     return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wg_core.errors import ReplayError
@@ -26,18 +26,13 @@ class CallLog:
         for call in recorded or ():
             self._recorded.setdefault(_key(call["place"], call["model"], call["request"]), deque()).append(dict(call))
 
-    def ask(
-        self, place: str, model: str, request: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        """The answer to `request`, `{answer, ...}`: from `make`, or in a replay from the record.
+    def recall(self, place: str, model: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The recorded answer to `request`, `{answer, ...}`; None where this run is no replay.
 
         Raises: ReplayError for a request that is not in the record.
         """
         if not self.replaying:
-            made = {"place": place, "model": model, "request": dict(request), **make()}
-            with self._lock:
-                self.calls.append(made)
-            return made
+            return None
         with self._lock:
             waiting = self._recorded.get(_key(place, model, request))
             if not waiting:
@@ -49,6 +44,13 @@ class CallLog:
             found = waiting.popleft()
             self.calls.append(found)
             return found
+
+    def keep(self, place: str, model: str, request: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Put an answer, `{answer, ...}`, into the record."""
+        made = {"place": place, "model": model, "request": dict(request), **answer}
+        with self._lock:
+            self.calls.append(made)
+        return made
 
     @property
     def unused(self) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
-from wg_core.errors import AbortRun, ConfigError, RunTimeoutError
+from wg_core.errors import AbortRun, BudgetExceededError, ConfigError, RunTimeoutError
 from wg_core.execution.blobs import BlobStore, MemoryBlobs
+from wg_core.execution.budget import Budget, Hold
 from wg_core.execution.calls import CallLog
 from wg_core.structure.hyperlink import HyperLink, Resolvers
 
 _log = logging.getLogger("wg_core.events")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -60,7 +63,8 @@ class RunOptions:
     (number of steps, seed, extra); raises ConfigError for options that concern the whole run;
     `capture` lists `path:port` whose values are added to the result; `timeout` is in seconds; `strict_types` checks
     the kind of every value on every port and `guard_nan` stops at the first NaN or infinity; `calls` keeps what models
-    are asked and answer, or answers in their place. `max_agent_steps` is how often an agent may be asked until it
+    are asked and answer, or answers in their place; `budget` (`{calls, tokens, cost}`) is what they may be asked at most.
+    `max_agent_steps` is how often an agent may be asked until it
     answers, and `tool_errors` what becomes of a tool call that fails: its `result` says so, or `raise`; both are taken
     from the graph's metadata where they are not given (else 10 steps, and `result`).
     """
@@ -82,10 +86,12 @@ class RunOptions:
     guard_nan: bool = False
     blobs: BlobStore | None = None
     calls: CallLog | None = None
+    budget: Budget | Mapping[str, Any] | None = None
     extra: Mapping[str, Any] | None = None
     resolvers: Resolvers | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget.of(self.budget))
         if self.tool_errors not in (None, "result", "raise"):
             raise ConfigError(f"tool_errors is 'result' or 'raise', not {self.tool_errors!r}")
         for node_id, chosen in (self.per_node or {}).items():
@@ -125,7 +131,7 @@ class Frame:
             self.path = level_id
             self.node_path = ""
             self.hooks: tuple[Hook, ...] = (*hooks, *options.callbacks)
-            self.usage: dict[str, dict[str, int]] = {}
+            self.usage: dict[str, dict[str, float]] = {}
             self.blobs: BlobStore = options.blobs if options.blobs is not None else MemoryBlobs()
             self.deadline = None if options.timeout is None else time.monotonic() + options.timeout
         else:
@@ -200,14 +206,42 @@ class CallContext:
             outer = outer.parent
         return derive_seed(self.seed or 0, place, self.iteration or 0, *around)
 
-    def add_usage(self, model: str, *, calls: int = 1, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
-        """Add to the run's ledger of model use."""
+    def hold(self, model: str, *, tokens: int, cost: float | None = 0.0) -> AbstractContextManager[Hold | None]:
+        """Hold one call of at most so many tokens in the run's budget, before it is made; `add_usage` settles it.
+
+        A call that fails counts as one. `cost` None is not known. Raises: BudgetExceededError.
+        """
+        budget = budget_of(self.frame.options) if self.frame is not None else None
+        if budget is None:
+            return nullcontext()
+        if cost is None and budget.limits_cost:
+            raise BudgetExceededError(
+                f"{model}: what a call costs is not known, and the run has a budget of cost; give prices "
+                "({prompt, completion}, per million tokens) in the block's config"
+            )
+        return _held(budget.hold(f"{self.path or model}: {model}", tokens, cost or 0.0))
+
+    def add_usage(
+        self,
+        model: str,
+        *,
+        calls: int = 1,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        cost: float | None = None,
+        held: Hold | None = None,
+    ) -> None:
+        """Add to the run's ledger of model use; `held` is what `hold` gave for the call."""
         if self.frame is None:
             return
-        row = self.frame.usage.setdefault(model, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
-        row["calls"] += calls
-        row["prompt_tokens"] += prompt_tokens
-        row["completion_tokens"] += completion_tokens
+        used: dict[str, float] = {"calls": calls, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        if cost is not None:
+            used["cost"] = cost
+        if held is not None:
+            held.settle(used)
+        elif (budget := budget_of(self.frame.options)) is not None:
+            budget.charge(used)
+        add_rows(self.frame.usage, {model: used})
 
     def ask(
         self, model: str, request: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
@@ -218,10 +252,18 @@ class CallContext:
         JSON too. A run that keeps its calls records both; in a replay the record answers and `make` is not called.
         Raises: ReplayError for a request that is not in the record.
         """
+        return drained(self.ask_in_pieces(model, request, lambda: whole(make)))
+
+    def ask_in_pieces(
+        self, model: str, request: Mapping[str, Any], make: Callable[[], Generator[Any, None, Mapping[str, Any]]]
+    ) -> Generator[Any, None, Mapping[str, Any]]:
+        """As `ask`, where `make()` yields pieces of its answer on the way; a replay yields none."""
         calls = self.frame.options.calls if self.frame is not None else None
         if calls is None or self.frame is None:
-            return make()
-        return calls.ask(f"{self.frame.node_path}{self.node_id}", model, request, make)
+            return (yield from make())
+        place = f"{self.frame.node_path}{self.node_id}"
+        found = calls.recall(place, model, request)
+        return found if found is not None else calls.keep(place, model, request, (yield from make()))
 
     def resolve(self, link: HyperLink | Mapping[str, Any]) -> Any:
         """The target of a link, which is only read. Raises: LinkError where the run cannot find it."""
@@ -234,6 +276,42 @@ class CallContext:
         if self.frame is not None:
             check_stop(self.frame)
             self.frame.emit(kind, node_id=self.node_id, iteration=self.iteration, data=data)
+
+
+@contextmanager
+def _held(hold: Hold) -> Generator[Hold]:
+    try:
+        yield hold
+    finally:
+        hold.settle({"calls": 1})
+
+
+def budget_of(options: RunOptions) -> Budget | None:
+    """The budget of a run."""
+    return cast("Budget | None", options.budget)
+
+
+def whole(make: Callable[[], Result]) -> Generator[Any, None, Result]:
+    """A result without pieces."""
+    return make()
+    yield  # never reached: makes this a generator
+
+
+def drained(pieces: Generator[Any, None, Result]) -> Result:
+    """The result of a generator whose pieces nobody wants."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            return stop.value
+
+
+def add_rows(ledger: dict[str, dict[str, float]], more: Mapping[str, Mapping[str, float]]) -> None:
+    """Add rows of model use to a ledger, `{model: {calls, prompt_tokens, completion_tokens, cost?}}`."""
+    for model, row in more.items():
+        mine = ledger.setdefault(model, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
+        for name, value in row.items():
+            mine[name] = mine.get(name, 0) + value
 
 
 def derive_seed(seed: int, *parts: object) -> int:

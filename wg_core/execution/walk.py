@@ -7,7 +7,15 @@ import time
 from collections.abc import Generator, Mapping
 from typing import Any, cast
 
-from wg_core.errors import AbortRun, MissingInputError, NodeExecutionError, PortValueError, RunTimeoutError, WGError
+from wg_core.errors import (
+    AbortRun,
+    BudgetExceededError,
+    MissingInputError,
+    NodeExecutionError,
+    PortValueError,
+    RunTimeoutError,
+    WGError,
+)
 from wg_core.execution.block import check_kinds, check_outputs
 from wg_core.execution.context import Frame, check_stop
 from wg_core.execution.plan import Call, LoopStart, Placeholder, Plan, steps_of
@@ -53,7 +61,7 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 started = _before(op, inputs, frame, total)
             try:
                 outputs = yield op, inputs
-            except (AbortRun, RunTimeoutError, NodeExecutionError):
+            except (AbortRun, RunTimeoutError, BudgetExceededError, NodeExecutionError):
                 raise
             except Exception as error:
                 raise _failure(op, inputs, frame, error, started) from error

@@ -12,7 +12,7 @@ from wg_core.assembly.models import ContractEntry, EndpointEntry, Placed, Remote
 from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.errors import ConfigError
 from wg_core.execution.block import check_outputs
-from wg_core.execution.context import Frame, RunOptions
+from wg_core.execution.context import Frame, RunOptions, add_rows, budget_of
 from wg_core.execution.drive import Session
 from wg_core.execution.executable_graph import Spec
 from wg_core.execution.plan import Placeholder, Plan
@@ -43,7 +43,7 @@ class RemoteAnswer:
     """Outputs by key, and the model use that they took."""
 
     outputs: dict[str, Any]
-    usage: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
 
 class Transport(Protocol):
@@ -156,10 +156,16 @@ class Remote(Level[Any]):
                 contract_hash(contract),
                 contract.config_hash,
             )
+            budget = budget_of(call.options)
+            if budget is not None:
+                budget.hold(frame.path, 0).drop()
             answer = self.transport.run(self.endpoint, call)
             outputs = answer.outputs
             check_outputs(frame.path, ports, outputs)
-            _add_usage(frame.usage, answer.usage)
+            add_rows(frame.usage, answer.usage)
+            if budget is not None:
+                for row in answer.usage.values():
+                    budget.charge(row)
         frame.emit("run_end", outputs=outputs)
         return outputs
 
@@ -227,13 +233,6 @@ def difference(stored: ContractEntry, fetched: ContractEntry) -> str:
     if stored.config_hash is not None and stored.config_hash != fetched.config_hash:
         said.append(f"the server runs configuration {fetched.config_hash}, stored is {stored.config_hash}")
     return "; ".join(sorted(said))
-
-
-def _add_usage(usage: dict[str, dict[str, int]], more: Mapping[str, Mapping[str, int]]) -> None:
-    for model, row in more.items():
-        mine = usage.setdefault(model, {})
-        for key, value in row.items():
-            mine[key] = mine.get(key, 0) + value
 
 
 __all__ = ["Remote", "RemoteAnswer", "RemoteCall", "Transport", "difference", "remote_child"]

@@ -40,7 +40,7 @@ class StageResult:
     ran: bool
     reason: str = ""
     seconds: float = 0.0
-    usage: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
 
 def why_not(state: State, reads: Sequence[str], writes: Sequence[str]) -> str:
@@ -326,7 +326,7 @@ def _entry(key: str, type_name: str, required: bool) -> Spec:
     }  # fmt: skip
 
 
-def usage_since(frame: Frame | None, before: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+def usage_since(frame: Frame | None, before: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Model use that a run's ledger holds and `before` does not."""
     now = frame.usage if frame is not None else {}
     rows = {m: {k: v - before.get(m, {}).get(k, 0) for k, v in row.items()} for m, row in now.items()}
