@@ -24,7 +24,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class WGError(Exception):
-    """Root of all errors raised by the engine."""
+    """Root of all errors raised by the engine; `code` is that of a validation check, where one found the mistake."""
+
+    code: str = ""
+
+    def __init__(self, *args: object, code: str = "") -> None:
+        super().__init__(*args)
+        if code:
+            self.code = code
 
     def __str__(self) -> str:  # KeyError would print its message inside quotes
         return Exception.__str__(self)

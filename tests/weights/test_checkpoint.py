@@ -403,7 +403,7 @@ def test_damage_is_found_before_anything_changes(tmp_path: Path) -> None:
     refused("is missing; the checkpoint is not whole")
     weights.write_bytes(whole)
     for old, new, said in (
-        ('"schema_version": "1.0"', '"schema_version": "2.0"', "version 2.0, this engine reads 1.0"),
+        ('"schema_version": "1.1"', '"schema_version": "2.0"', "version 2.0, this engine reads 1.1"),
         ("wg-checkpoint", "other", "no checkpoint of this engine"),
         ('"file": "blocks/', '"file": "../../', "leaves its root folder"),
         ('"backend": "safetensors"', '"backend": "pickle"', "no checkpoint backend 'pickle'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from wg_core.assembly.loader import Document, checked, parse, read
+from wg_core.assembly.migrate import migrated, version_problems
 from wg_core.assembly.models import KINDS, ExposureEntry, LevelEntry, ModelEntry, NodeEntry, StageEntry
 from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
@@ -34,15 +35,17 @@ class Build:
 
     def error(self, error: Exception) -> ConfigError:
         """`error` as a ConfigError that begins with file, line and path."""
-        return self.document.error(self.where, str(error))
+        return self.document.error(self.where, str(error), getattr(error, "code", ""))
 
 
-def open_document(path: Path | str, *, root: Path | None = None) -> tuple[str, Document]:
+def open_document(
+    path: Path | str, *, root: Path | None = None, allow_outside_root: bool = False
+) -> tuple[str, Document]:
     """Read a file of any level and say its kind.
 
     Raises: ConfigError.
     """
-    document = read(path, root=root)
+    document = read(path, root=root, allow_outside_root=allow_outside_root)
     return kind_of_document(document), document
 
 
@@ -61,7 +64,7 @@ def _refuse_refs(document: Document, value: Any, where: tuple[str | int, ...]) -
         mapping = cast("dict[str, Any]", value)
         if "ref" in mapping and mapping.keys() <= {"ref", "overrides"}:
             raise document.error(
-                where, "text may not refer to files; load the world from its file, or write the part out"
+                where, "text may not refer to files; load the world from its file, or write the part out", "BAD_REF"
             )
         for key, below in mapping.items():
             if where or key != "content":
@@ -85,10 +88,14 @@ def kind_of_document(document: Document) -> str:
 
 
 def checked_entry(document: Document, kind: str) -> Any:
-    """The document as the entry of `kind`. Raises: ConfigError."""
+    """The document as the entry of `kind`, older minor versions migrated. Raises: ConfigError."""
     found = kind_of_document(document)
     if found != kind:
         raise document.error(("kind",), f"this is a {found}, a {kind} is needed here")
+    problem = next(version_problems(document.data, kind), None)
+    if problem is not None:
+        raise document.error((*problem[0], "schema_version"), problem[1], "VERSION")
+    document.data = migrated(document.data, kind)
     return checked(KINDS[kind], document)
 
 

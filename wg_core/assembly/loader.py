@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -46,13 +46,31 @@ for _side in (_Loader, Dumper):
     cast(Any, _side).add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
+def dump_yaml(config: Mapping[str, Any], path: Path | str) -> Path:
+    """Write plain data as YAML, in order, readable."""
+    target = Path(path)
+    text = yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Where a value came from: a file, its name where a scheme was resolved, and what was changed in it."""
+
+    file: Path
+    name: str | None = None
+    overrides: dict[str, Any] | None = None
+
+
 @dataclass(slots=True)
 class Document:
-    """Parsed configuration with the place of every value."""
+    """Parsed configuration with the place of every value, and the files that parts of it came from."""
 
     data: Any
     source: str
     places: dict[Where, tuple[str, int]] = field(default_factory=dict[Where, tuple[str, int]])
+    refs: dict[Where, Ref] = field(default_factory=dict[Where, Ref])
 
     def place(self, where: Where) -> str:
         """`file:line` of a value, or of the nearest enclosing one."""
@@ -62,10 +80,10 @@ class Document:
                 return f"{found[0]}:{found[1]}"
         return self.source
 
-    def error(self, where: Where, message: str) -> ConfigError:
+    def error(self, where: Where, message: str, code: str = "SCHEMA") -> ConfigError:
         """A ConfigError that begins with file, line and path."""
         path = ".".join(map(str, where))
-        return ConfigError(f"{self.place(where)}: {f'{path}: ' if path else ''}{message}")
+        return ConfigError(f"{self.place(where)}: {f'{path}: ' if path else ''}{message}", code=code)
 
 
 def parse(text: str, source: str = "<text>") -> Document:
@@ -161,11 +179,27 @@ class _Builder:
         return value
 
 
-def read(path: Path | str, *, root: Path | None = None, refs: bool = True) -> Document:
+_schemes: dict[str, Callable[[str], Path]] = {}
+
+
+def register_ref_scheme(scheme: str, resolve: Callable[[str], Path]) -> None:
+    """Let refs of the form `scheme:...` name files: `resolve(ref)` gives the path, or raises LookupError. None are built in.
+
+    Raises: ConfigError for a scheme that is no word, or is resolved by something else.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9+-]+", scheme):
+        raise ConfigError(f"a scheme of refs is a word in small letters, not {scheme!r}")
+    if _schemes.setdefault(scheme, resolve) is not resolve:
+        raise ConfigError(f"refs {scheme}:... are resolved by {_schemes[scheme]!r} already; choose another scheme")
+
+
+def read(
+    path: Path | str, *, root: Path | None = None, refs: bool = True, allow_outside_root: bool = False
+) -> Document:
     """Parse a file; `{ref: other_file, overrides: {...}}` is replaced by that file's content.
 
-    References are relative to the file that makes them and stay inside `root` (default: the folder of `path`). A
-    `.txt` or `.md` file gives its text. Mappings below `content` are data, never references.
+    References are relative to the file that makes them and stay inside `root` (default: the folder of `path`), unless
+    `allow_outside_root`. A `.txt` or `.md` file gives its text. Mappings below `content` are data, never references.
 
     Raises: FileNotFoundError, ConfigError (unreadable, reference outside the root, missing or cyclic).
     """
@@ -180,15 +214,41 @@ def read(path: Path | str, *, root: Path | None = None, refs: bool = True) -> Do
         raise ConfigError(f"{file} is a folder; name a file") from None
     document = parse(text, str(file))
     if refs:
-        _Refs(document, (root or file.parent).resolve()).expand(file.resolve())
+        _Refs(document, None if allow_outside_root else (root or file.parent).resolve()).expand(file.resolve())
+        document.refs[()] = Ref(file.resolve())
     return document
 
 
 class _Refs:
-    def __init__(self, document: Document, root: Path) -> None:
+    def __init__(self, document: Document, root: Path | None) -> None:
         self.document = document
         self.root = root
         self.count = 0
+
+    def error(self, where: Where, message: str) -> ConfigError:
+        return self.document.error(where, message, "BAD_REF")
+
+    def _file(self, name: Any, where: Where, here: Path) -> tuple[Path, str | None]:
+        """The file that a ref names, and the ref itself where a scheme resolved it."""
+        scheme, colon, _ = str(name).partition(":")
+        if not isinstance(name, str) or (colon and scheme not in _schemes):
+            known = f"; schemes known here: {', '.join(sorted(_schemes))}" if _schemes else ""
+            raise self.error((*where, "ref"), f"ref is the path of a file, not {name!r}{known}")
+        if colon:
+            try:
+                return _schemes[scheme](name).resolve(), name
+            except LookupError as error:
+                raise self.error((*where, "ref"), f"{name!r} is not found: {error}") from error
+        target = (here / name).resolve()
+        if self.root is not None:
+            try:
+                safe_path(self.root, str(target))
+            except ConfigError:
+                raise self.error(
+                    (*where, "ref"),
+                    f"{name!r} leaves the folder {str(self.root)!r}; refs stay inside it, unless allow_outside_root is given",
+                ) from None
+        return target, None
 
     def expand(self, file: Path) -> None:
         self.document.data = self._walk(self.document.data, (), [file])
@@ -209,30 +269,23 @@ class _Refs:
     def _load(self, mapping: Mapping[str, Any], where: Where, files: list[Path]) -> Any:
         document = self.document
         name = mapping["ref"]
-        if not isinstance(name, str) or ":" in name:
-            raise document.error((*where, "ref"), f"ref is the path of a file, not {name!r}")
-        target = (files[-1].parent / name).resolve()
-        try:
-            safe_path(self.root, str(target))
-        except ConfigError:
-            raise document.error(
-                (*where, "ref"), f"{name!r} leaves the folder {str(self.root)!r}; refs stay inside it"
-            ) from None
+        target, resolved = self._file(name, where, files[-1].parent)
         if target in files:
             cycle = " -> ".join(f.name for f in [*files[files.index(target) :], target])
-            raise document.error((*where, "ref"), f"references go in a cycle: {cycle}")
+            raise self.error((*where, "ref"), f"references go in a cycle: {cycle}")
         if len(files) > MAX_REF_DEPTH:
-            raise document.error((*where, "ref"), f"references nested deeper than {MAX_REF_DEPTH}")
+            raise self.error((*where, "ref"), f"references nested deeper than {MAX_REF_DEPTH}")
         self.count += 1
         if self.count > MAX_REFS:
-            raise document.error((*where, "ref"), f"more than {MAX_REFS} references, counting those in referred files")
+            raise self.error((*where, "ref"), f"more than {MAX_REFS} references, counting those in referred files")
         if not target.is_file():
-            raise document.error((*where, "ref"), f"there is no file {name!r} (looked for {target})")
+            raise self.error((*where, "ref"), f"there is no file {name!r} (looked for {target})")
         if target.suffix in _TEXT_FILES:
             if "overrides" in mapping:
-                raise document.error((*where, "overrides"), f"{name!r} is text; only mappings take overrides")
+                raise self.error((*where, "overrides"), f"{name!r} is text; only mappings take overrides")
             if target.stat().st_size > MAX_BYTES:
-                raise document.error((*where, "ref"), f"{name!r} is larger than {MAX_BYTES} bytes")
+                raise self.error((*where, "ref"), f"{name!r} is larger than {MAX_BYTES} bytes")
+            document.refs[where] = Ref(target, resolved)
             return target.read_text(encoding="utf-8")
         below = read(target, refs=False)
         for path, place in below.places.items():
@@ -242,11 +295,12 @@ class _Refs:
         for path in [p for p in document.places if p[: len(where) + 1] == (*where, "overrides")]:
             if path[len(where) + 1 :]:
                 document.places[(*where, *path[len(where) + 1 :])] = document.places[path]
+        document.refs[where] = Ref(target, resolved, overrides)
         return data if overrides is None else self._override(data, overrides, where)
 
     def _override(self, data: Any, overrides: Any, where: Where) -> Any:
         if not isinstance(data, dict) or not isinstance(overrides, dict):
-            raise self.document.error((*where, "overrides"), "overrides and the file they change are mappings")
+            raise self.error((*where, "overrides"), "overrides and the file they change are mappings")
         merged = dict(cast("dict[str, Any]", data))
         for key, value in cast("dict[str, Any]", overrides).items():
             both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -265,7 +319,7 @@ def checked(model: type[BaseModel], document: Document) -> Any:
         return model.model_validate(document.data)
     except PydanticError as error:
         problems = [_problem(model, document, e) for e in error.errors(include_url=False)[:10]]
-        raise ConfigError("\n".join(problems)) from None
+        raise ConfigError("\n".join(problems), code="SCHEMA") from None
 
 
 def _problem(model: type[BaseModel], document: Document, error: Any) -> str:

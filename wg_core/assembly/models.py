@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,23 +18,16 @@ from wg_core.errors import did_you_mean
 from wg_core.structure.hyperlink import HyperEdge, HyperLink
 from wg_core.structure.ids import ID_PATTERN
 from wg_core.structure.port import port_types
+from wg_core.structure.versions import Format
 
-SCHEMA_VERSION = "1.0"
-
-
-def _supported(version: str) -> str:
-    major, _, minor = version.partition(".")
-    if not (major.isdigit() and minor.isdigit()):
-        raise ValueError(f"schema_version is 'major.minor', not {version!r}")
-    if int(major) != int(SCHEMA_VERSION.split(".")[0]):
-        raise ValueError(f"this file has schema version {version}, this engine reads {SCHEMA_VERSION}")
-    return version
+CONFIG = Format("file", "1.0")
+SCHEMA_VERSION = CONFIG.current
 
 
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN}$")]
 PortKey = Annotated[str, Field(pattern=rf"^{ID_PATTERN}(:[a-z][a-z0-9_]*)*$")]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
-Version = Annotated[str, AfterValidator(_supported)]
+Version = Annotated[str, Field(pattern=rf"^{CONFIG.current.split('.')[0]}\.[0-9]{{1,6}}$")]
 Json = dict[str, JsonValue]
 
 

@@ -161,8 +161,17 @@ class Block:
         if self.placement.get("reuse") is False or not ("checkpoint_ref" in named or "model_id" in named):
             return None
         if self._model_key is None:
-            self._model_key = model_key(self.name, self.backend, self.config, self.call_time_keys)
+            own = {k: v for k, v in self.placement.items() if k == "reuse"}
+            self._model_key = model_key(self.name, self.backend, {**self.config, **own}, self.call_time_keys)
         return self._model_key
+
+    def fork(self, name: str) -> Self:
+        """A block of the same type and arguments with a state of its own; to the pool it is another model, `reuse: name`."""
+        args, given = self._arguments
+        made = type(self)(*args, **given)
+        made.block_type, made.backend, made.training = self.block_type, self.backend, self.training
+        made.placement = {**self.placement, "reuse": name}
+        return made
 
     def weight_hash(self) -> str | None:
         """Hash of the weights that this block runs, where it has local ones."""
@@ -436,7 +445,7 @@ class Block:
     @classmethod
     def _checkpoints(cls) -> Checkpoints:
         if cls.checkpoints is None:
-            raise CheckpointError("no checkpoint writer is installed; import wg_core.weights.checkpoint")
+            raise CheckpointError("no checkpoint writer is installed; import wg_core.weights.load")
         return cls.checkpoints
 
     def describe(self) -> dict[str, Any]:
@@ -484,7 +493,8 @@ def model_key(
     """The identity of a model: `(block_type, backend, reference, fingerprint of the other load settings)`.
 
     `checkpoint_ref` (a model reference or path; two spellings of one file match) or `model_id` (a remote model, with
-    its provider and endpoint) is the reference; a config with neither has no identity.
+    its provider and endpoint) is the reference; a config with neither has no identity. `reuse: NAME` makes it another
+    model, which is shared under that name only.
 
     Raises: ConfigError if both are given.
     """
@@ -499,7 +509,8 @@ def model_key(
         identity = os.path.realpath(str(reference)) if os.path.exists(str(reference)) else str(reference)
     else:
         identity = f"{config.get('provider', '')}+{config.get('endpoint_url', '')}+{remote}"
-    identifying = {"backend", "checkpoint_ref", "model_id", "provider", "endpoint_url", "reuse"} | call_time_keys
+    identifying = {"backend", "checkpoint_ref", "model_id", "provider", "endpoint_url"} | call_time_keys
+    identifying |= set() if isinstance(config.get("reuse"), str) else {"reuse"}
     rest = {k: v for k, v in config.items() if k not in identifying}
     fingerprint = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
     return (block_type, backend, identity, fingerprint)

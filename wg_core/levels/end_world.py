@@ -10,10 +10,10 @@ from secrets import token_hex
 from typing import Any, ClassVar, NoReturn, Self, cast
 
 from wg_core.assembly.build import Build
-from wg_core.assembly.loader import read
+from wg_core.assembly.loader import dump_yaml, read
 from wg_core.assembly.models import SCHEMA_VERSION, EndWorldEntry
 from wg_core.errors import ConfigError, EndWorldError, WGError
-from wg_core.levels.level import Written, dump_yaml
+from wg_core.levels.written import Written
 from wg_core.state.blobs import FileBlobs
 from wg_core.state.canonical import is_sha256
 from wg_core.state.content import WorldContent, WorldView

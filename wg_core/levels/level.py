@@ -1,192 +1,27 @@
-"""The doors of every level to configuration, state and training, written once."""
+"""The doors of every level to state and training, written once."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import secrets
-import shutil
-from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
-from wg_core.assembly.build import Build, checked_entry, open_document, parse_document
 from wg_core.assembly.contract import contract_hash
-from wg_core.assembly.loader import Document, Dumper
-from wg_core.assembly.models import SCHEMA_VERSION
-from wg_core.assembly.pool import ModelPool, default_pool
-from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.assembly.roles import WeightAdapter
-from wg_core.assembly.template import default_templates
-from wg_core.errors import CheckpointError, NodeError, StateDictError
+from wg_core.errors import NodeError, StateDictError
 from wg_core.execution.block import Block, LoadReport, take_over
 from wg_core.execution.context import FRAME, Frame, RunOptions
 from wg_core.execution.drive import Held, held
 from wg_core.execution.executable_graph import Child, ExecutableGraph, Node
-from wg_core.state.canonical import sha256_json
-from wg_core.state.files import TEMP_PREFIX, make_folder, write_file
-from wg_core.structure.ids import safe_path
-from wg_core.weights.checkpoint import INDEX, file_hash, load_checkpoint, open_folder, put_folder, save_checkpoint
+from wg_core.levels.holders import hold
+from wg_core.levels.written import Written
 from wg_core.weights.lora import active
 from wg_core.weights.module import ModuleBlock, frozen_forward
 from wg_core.weights.tree import sub_paths, unique
 
 if TYPE_CHECKING:
     from wg_core.levels.remote import Remote
-
-MANIFEST = "manifest.json"
-_CHECKPOINTS = {"dir": "checkpoint", "archive": "checkpoint.zip"}
-
-
-def dump_yaml(config: Mapping[str, Any], path: Path | str) -> Path:
-    """Write plain data as YAML, in order, readable."""
-    target = Path(path)
-    text = yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    target.write_text(text, encoding="utf-8")
-    return target
-
-
-class Written:
-    """What can be written down: the doors from and to configuration, for every level."""
-
-    kind: ClassVar[str] = "graph"
-
-    @classmethod
-    @abstractmethod
-    def from_entry(cls, entry: Any, build: Build) -> Self:
-        """Build from a checked entry. Raises: ConfigError with file, line and path."""
-
-    @abstractmethod
-    def to_config(self) -> dict[str, Any]:
-        """This level as plain data, enough to build it again. Raises: ConfigError for an unregistered block."""
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], *, registry: BlockRegistry | None = None, pool: ModelPool | None = None
-    ) -> Self:
-        """Build from plain data and validate. Raises: ConfigError."""
-        return cls._from_document(Document({"kind": cls.kind, **config}, f"<{cls.kind}>"), registry, pool)
-
-    @classmethod
-    def from_yaml(
-        cls, path: Path | str, *, registry: BlockRegistry | None = None, pool: ModelPool | None = None
-    ) -> Self:
-        """Build from a YAML or JSON file, with its refs, and validate. Raises: FileNotFoundError, ConfigError."""
-        return cls._from_document(open_document(path)[1], registry, pool)
-
-    @classmethod
-    def from_yaml_text(cls, text: str, *, registry: BlockRegistry | None = None, pool: ModelPool | None = None) -> Self:
-        """Build from YAML or JSON text, which may not refer to files. Raises: ConfigError."""
-        return cls._from_document(parse_document(text)[1], registry, pool)
-
-    @classmethod
-    def from_template(
-        cls, name: str, *, registry: BlockRegistry | None = None, pool: ModelPool | None = None, **parameters: Any
-    ) -> Self:
-        """Build from a registered template. Raises: UnknownTemplateError, TemplateParameterError, ConfigError."""
-        config = default_templates().build(cls.kind, name, parameters)
-        return cls._from_document(Document(config, f"<template {name}>"), registry, pool)
-
-    @classmethod
-    def _from_document(cls, document: Document, registry: BlockRegistry | None, pool: ModelPool | None) -> Self:
-        build = Build(registry or default_registry(), default_pool() if pool is None else pool, {}, document)
-        return cls.from_entry(checked_entry(document, cls.kind), build)
-
-    def hashed(self) -> dict[str, Any]:
-        """What decides how this level runs, as plain data; children that are levels stand in it as their hashes."""
-        return self.to_config()
-
-    @property
-    def config_hash(self) -> str:
-        """Hash of everything that decides how this level runs, wherever its children run."""
-        return sha256_json(self.hashed())
-
-    def save_config(self, path: Path | str) -> Path:
-        """Write `to_config()` as YAML."""
-        return dump_yaml(self.to_config(), path)
-
-    # ---- weights -----------------------------------------------------------------------------------------------------
-
-    def block_paths(self) -> Iterator[tuple[str, Block]]:
-        """Each use of a block below, sub-blocks included, as `(path, block)`."""
-        return iter(())
-
-    def save_checkpoint(self, path: Path | str, *, format: str = "dir", backend: str = "safetensors") -> Path:
-        """Write the state of all blocks below, each once, as a folder (`dir`) or one file (`archive`).
-
-        Raises: CheckpointError.
-        """
-        return save_checkpoint(self.block_paths(), path, kind=self.kind, format=format, backend=backend)
-
-    def load_from_checkpoint(
-        self, path: Path | str, *, strict: bool = True, rename: Mapping[str, str] | None = None, verify: bool = True
-    ) -> LoadReport:
-        """Load what `save_checkpoint` wrote into the blocks below; nothing changes if it raises.
-
-        `rename` maps node paths in the checkpoint to those here. Raises: FileNotFoundError, CheckpointError,
-        StateDictError.
-        """
-        return load_checkpoint(self.block_paths(), path, strict=strict, rename=rename, verify=verify)
-
-    def save(self, folder: Path | str, *, format: str = "dir", backend: str = "safetensors") -> Path:
-        """Write structure and weights to `folder`: `config.yaml`, the checkpoint, and a manifest with their hashes.
-
-        Raises: ConfigError for an unregistered block, CheckpointError.
-        """
-        if format not in _CHECKPOINTS:
-            raise CheckpointError(f"checkpoint format {format!r} is none of {', '.join(_CHECKPOINTS)}")
-        target = Path(folder)
-        make_folder(target.parent)
-        temp = target.parent / f"{TEMP_PREFIX}{secrets.token_hex(6)}"
-        try:
-            make_folder(temp)
-            config = self.save_config(temp / "config.yaml")
-            checkpoint = self.save_checkpoint(temp / _CHECKPOINTS[format], format=format, backend=backend)
-            hashed = checkpoint / INDEX if format == "dir" else checkpoint
-            manifest = {
-                "kind": self.kind,
-                "schema_version": SCHEMA_VERSION,
-                "config": {"file": config.name, "sha256": file_hash(config)},
-                "checkpoint": {"file": checkpoint.name, "sha256": file_hash(hashed)},
-            }
-            write_file(temp / MANIFEST, json.dumps(manifest, indent=1).encode("utf-8"))
-            put_folder(temp, target, MANIFEST)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-        return target
-
-    @classmethod
-    def load(
-        cls,
-        folder: Path | str,
-        *,
-        registry: BlockRegistry | None = None,
-        pool: ModelPool | None = None,
-        verify: bool = True,
-    ) -> Self:
-        """Build what `save` wrote, with its weights; the references that it was built from need not exist any more.
-
-        Blocks come from a pool of its own unless one is given, so that no other user of a model is touched.
-
-        Raises: FileNotFoundError, CheckpointError, ConfigError.
-        """
-        with open_folder(Path(folder), MANIFEST) as root:
-            manifest = json.loads((root / MANIFEST).read_bytes())
-            if manifest.get("kind") != cls.kind:
-                raise CheckpointError(f"{folder} holds a {manifest.get('kind')}, not a {cls.kind}")
-            config, checkpoint = (safe_path(root, manifest[part]["file"]) for part in ("config", "checkpoint"))
-            checked = ((config, "config"), (checkpoint / INDEX if checkpoint.is_dir() else checkpoint, "checkpoint"))
-            for path, part in checked if verify else ():
-                if not path.is_file() or file_hash(path) != manifest[part]["sha256"]:
-                    raise CheckpointError(f"{folder}: {path.name} does not match its hash; it was changed or cut off")
-            built = cls.from_yaml(config, registry=registry, pool=ModelPool() if pool is None else pool)
-            built.load_from_checkpoint(checkpoint, verify=verify)
-            return built
-
 
 class Level(Written, ExecutableGraph[Child]):
     """An executable graph that can be written down, loaded and trained."""
@@ -249,6 +84,7 @@ class Level(Written, ExecutableGraph[Child]):
             super().remove_node(node_id)
             self.version = version
             raise
+        hold(self, child)
         return node_id
 
     def remove_node(self, node_id: str) -> None:
@@ -265,6 +101,7 @@ class Level(Written, ExecutableGraph[Child]):
         Raises: NodeError if a port that is in use is missing or of another direction or type, AdapterError.
         """
         super().replace_block(node_id, child)
+        hold(self, child)
         self._attach()
 
     def rename_node(self, node_id: str, new_id: str) -> None:

@@ -29,6 +29,10 @@ class Nested(Level[Child]):
         nodes = [_node_config(cast("Node[Level[Any]]", n), hashed=True) for n in self.nodes.values()]
         return level_config(self, nodes)
 
+    def parts(self) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+        for i, node in enumerate(self.nodes.values()):
+            yield ("nodes", i, "config"), node.child
+
     def remotes(self) -> Iterator[Remote]:
         for node in self.nodes.values():
             yield from cast("Level[Any]", node.child).remotes()

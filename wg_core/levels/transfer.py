@@ -9,8 +9,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
+from wg_core.assembly.loader import dump_yaml
 from wg_core.errors import ConfigError, CorruptSnapshotError, SnapshotConflictError
-from wg_core.levels.level import dump_yaml
 from wg_core.state import lease as leases
 from wg_core.state.files import TEMP_PREFIX, make_folder, sync_folder
 from wg_core.state.store import SnapshotStore

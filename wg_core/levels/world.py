@@ -33,10 +33,10 @@ from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, der
 from wg_core.execution.drawing import Drawing, draw_cycle
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.end_world import EndWorld, end_world_folders, find_end_world, linked_end_worlds
-from wg_core.levels.level import Written
 from wg_core.levels.replay import Replay, read_calls, replay
 from wg_core.levels.stage import Stage, StageResult, why_not
 from wg_core.levels.world_checks import world_issues
+from wg_core.levels.written import Written
 from wg_core.state.canonical import canonical_bytes, sha256_json
 from wg_core.state.content import WorldContent, WorldView, apply
 from wg_core.state.forms import DEFAULT_SCHEMA
@@ -363,6 +363,13 @@ class World(Written):
         for role, stage in self.stages.items():
             for path, block in stage.block_paths():
                 yield f"{role}/{path}", block
+
+    def parts(self) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+        for role, stage in self.stages.items():
+            yield ("execution", "stages", role), stage
+
+    def trainable_parameters(self) -> list[Any]:
+        return list({id(p): p for stage in self.stages.values() for p in stage.trainable_parameters()}.values())
 
     def iter_blocks(self) -> Iterator[Block]:
         """All blocks of all stages, each instance once."""

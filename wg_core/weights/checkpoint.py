@@ -1,8 +1,8 @@
 """Checkpoints: the state of each block once, in a flat store, and an index that leads from paths to blocks.
 
 A checkpoint is a folder (`dir`) or the same folder as one zip file (`archive`): `index.json`, and in `blocks/` one file
-of tensors and one JSON file of other values for each block that has such state. Loading is all or nothing: everything
-is read, hashed and compared before any block changes.
+of tensors and one JSON file of other values for each block that has such state. One of a smaller `scope` says in the
+index what it lacks.
 """
 
 from __future__ import annotations
@@ -21,35 +21,51 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wg_core.errors import CheckpointError, ConfigError, StateDictError
-from wg_core.execution.block import Block, LoadReport, take_over
-from wg_core.state.canonical import parse_json
+from wg_core.errors import CheckpointError, ConfigError
+from wg_core.execution.block import Block
+from wg_core.state.canonical import parse_json, sha256_json
 from wg_core.state.files import TEMP_PREFIX, make_folder, sync_folder, write_file
 from wg_core.structure.ids import safe_path
 from wg_core.structure.port import kind_of
+from wg_core.structure.versions import Format
 from wg_core.weights.archive import pack_folder, unpack
 from wg_core.weights.backends import get_backend, read_tensors
-from wg_core.weights.module import ModuleBlock
-from wg_core.weights.tree import Paths, is_tensor, sub_paths, unique
+from wg_core.weights.scope import Keep, everything
+from wg_core.weights.tree import Paths, is_tensor, unique
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "wg-checkpoint"
-VERSION = "1.0"
+CHECKPOINT = Format("checkpoint", "1.1")
 FORMATS = ("dir", "archive")
 INDEX = "index.json"
 ROOT = "block"  # the path of a block that is saved by itself
 LIBRARIES = ("generative-worlds", "torch", "safetensors")
 
 
+@CHECKPOINT.migration("1.0", "1.1")
+def _scope(index: dict[str, Any]) -> dict[str, Any]:
+    """Before there were scopes, every checkpoint was whole."""
+    return {**index, "scope": "all", "lacks": {}}
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    paths: Paths, target: Path | str, *, kind: str, format: str = "dir", backend: str = "safetensors"
+    paths: Paths,
+    target: Path | str,
+    *,
+    kind: str,
+    format: str = "dir",
+    backend: str = "safetensors",
+    scope: str = "all",
+    keep: Keep = everything,
 ) -> Path:
     """Write the state of all blocks at `paths` to `target`, which is afterwards whole or as it was.
+
+    Of the state of each block `keep` chooses what is stored, under the name `scope`; the index lists what is left out.
 
     Raises: CheckpointError for an unknown format or backend, state that is neither tensor nor JSON, and a `target`
     that holds something else.
@@ -61,7 +77,7 @@ def save_checkpoint(
     make_folder(place.parent)
     temp = place.parent / f"{TEMP_PREFIX}{secrets.token_hex(6)}"
     try:
-        _write_folder(temp, list(paths), kind, backend)
+        _write_folder(temp, list(paths), {"kind": kind, "scope": scope}, backend, keep)
         if format == "dir":
             put_folder(temp, place, INDEX)
         elif place.is_dir():
@@ -95,33 +111,45 @@ def put_folder(temp: Path, target: Path, mark: str) -> None:
         shutil.rmtree(old)
 
 
-def _write_folder(folder: Path, paths: list[tuple[str, Block]], kind: str, backend: str) -> None:
+def _write_folder(
+    folder: Path, paths: list[tuple[str, Block]], words: Mapping[str, str], backend: str, keep: Keep
+) -> None:
     make_folder(folder / "blocks")
     keys: dict[int, str] = {}
     blocks: dict[str, Any] = {}
+    lacks: dict[str, list[str]] = {}
     for path, block in unique(paths).items():
-        state = block.own_state_dict()
+        whole = block.own_state_dict()
+        state = keep(block, whole)
+        if len(state) < len(whole):
+            lacks[path] = [k for k in whole if k not in state]
         if state:
             key = _block_key(path, block, blocks)
             blocks[key] = _write_block(folder, key, path, block, state, backend)
             keys[id(block)] = key
     index = {
         "format": FORMAT,
-        "schema_version": VERSION,
-        "kind": kind,
+        "schema_version": CHECKPOINT.current,
+        **words,
         "backend": backend,
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": libraries(),
+        "lacks": lacks,
         "paths": {path: keys[id(block)] for path, block in paths if id(block) in keys},
         "blocks": blocks,
     }
     write_file(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode("utf-8"))
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def libraries() -> dict[str, str | None]:
+    """The versions of the libraries that decide what weights mean; None where one is not installed."""
+
+    def found(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: found(name) for name in LIBRARIES}
 
 
 def _block_key(path: str, block: Block, taken: Iterable[str]) -> str:
@@ -208,7 +236,7 @@ def file_hash(path: Path) -> str:
 
 
 @dataclass(slots=True)
-class _Store:
+class Store:
     """An opened checkpoint: reads the state of one block key at a time, checked."""
 
     folder: Path
@@ -219,9 +247,21 @@ class _Store:
 
     @property
     def paths(self) -> dict[str, str]:
+        """Node path -> block key."""
         return self.index["paths"]
 
+    @property
+    def lacks(self) -> dict[str, list[str]]:
+        """Node path -> the keys of its state that a smaller scope left out."""
+        return self.index["lacks"]
+
+    def content_hash(self, key: str) -> str:
+        """The sha256 of what is stored for a block key, hex."""
+        entry = self.index["blocks"][key]
+        return sha256_json([entry[part]["sha256"] for part in ("tensors", "values") if part in entry])
+
     def state(self, key: str) -> dict[str, Any]:
+        """The stored state of a block key. Raises: CheckpointError."""
         if key not in self._read:
             entry = self.index["blocks"].get(key)
             if not isinstance(entry, dict):
@@ -293,21 +333,23 @@ def open_folder(source: Path, mark: str) -> Generator[Path]:
 
 
 @contextmanager
-def _opened(source: Path | str, verify: bool) -> Generator[_Store]:
+def opened(source: Path | str, verify: bool) -> Generator[Store]:
+    """A checkpoint to read from, its index checked and brought to the current version. Raises: CheckpointError."""
     place = Path(source)
     with open_folder(place, INDEX) as folder:
         index = _json(folder / INDEX)
         if index.get("format") != FORMAT:
             raise CheckpointError(f"{place} is no checkpoint of this engine (format {index.get('format')!r})")
-        major = str(index.get("schema_version")).partition(".")[0]
-        if major != VERSION.partition(".")[0]:
-            raise CheckpointError(
-                f"{place} has checkpoint version {index.get('schema_version')}, this engine reads {VERSION}"
-            )
-        if not isinstance(index.get("paths"), dict) or not isinstance(index.get("blocks"), dict):
-            raise CheckpointError(f"{place}: its index has no paths or no blocks")
+        version = index.get("schema_version")
+        problem = CHECKPOINT.problem(version)
+        if problem:
+            raise CheckpointError(f"{place}: {problem}", code="VERSION")
+        index = CHECKPOINT.upgrade(index, str(version))
+        for part in ("paths", "blocks", "lacks"):
+            if not isinstance(index.get(part), dict):
+                raise CheckpointError(f"{place}: its index has no {part}; the checkpoint is not whole")
         get_backend(str(index.get("backend")))
-        yield _Store(folder, place, index, verify)
+        yield Store(folder, place, index, verify)
 
 
 def read_state(source: Path) -> dict[str, Any]:
@@ -317,7 +359,7 @@ def read_state(source: Path) -> dict[str, Any]:
     """
     if source.is_file() and source.suffix not in (".zip", ".wgz"):
         return dict(read_tensors(source))
-    with _opened(source, True) as store:
+    with opened(source, True) as store:
         state: dict[str, Any] = {}
         for path, key in store.paths.items():
             if path != ROOT and not path.startswith(f"{ROOT}."):
@@ -325,135 +367,3 @@ def read_state(source: Path) -> dict[str, Any]:
             prefix = path.removeprefix(ROOT).removeprefix(".")
             state.update({f"{prefix}.{k}" if prefix else k: v for k, v in store.state(key).items()})
         return state
-
-
-def load_checkpoint(
-    paths: Paths,
-    source: Path | str,
-    *,
-    strict: bool = True,
-    rename: Mapping[str, str] | None = None,
-    verify: bool = True,
-) -> LoadReport:
-    """Load a checkpoint into the blocks at `paths`; the format is seen from `source`, and nothing changes if it raises.
-
-    `rename` maps paths in the checkpoint to paths here, with all below them. With `verify` file hashes are compared.
-
-    Raises: FileNotFoundError; CheckpointError for what is unreadable, and (with `strict`) for blocks that only one side
-    has; StateDictError for a wrong shape or kind, and (with `strict`) for missing or unexpected keys.
-    """
-    here = list(paths)
-    with _opened(source, verify) as store, _weightless(here, strict, stored := _renamed(store, rename or {}), store):
-        missing, unexpected = _compare_owners(here, stored, store, strict)
-        wrong: list[str] = []
-        ready: list[tuple[Block, dict[str, Any]]] = []
-        for path, block in unique(here).items():
-            key = next((stored[p] for p, b in here if b is block and p in stored), None)
-            if key is None:
-                continue
-            given, own = store.state(key), block.own_state_dict()
-            missing += [f"{path}:{k}" for k in own if k not in given]
-            unexpected += [f"{path}:{k}" for k in given if k not in own]
-            wrong += [
-                f"{path}:{k} is {kind_of(given[k])}, not {kind_of(own[k])}"
-                for k in own
-                if k in given and _unlike(own[k], given[k])
-            ]
-            ready.append((block, {k: given.get(k, v) for k, v in own.items()}))
-        if wrong or (strict and (missing or unexpected)):
-            raise StateDictError(
-                f"{source} does not fit, nothing was loaded: missing {missing}, "
-                f"unexpected {unexpected}, wrong shape or kind {wrong}"
-            )
-        take_over(ready)
-    return LoadReport(tuple(missing), tuple(unexpected))
-
-
-@contextmanager
-def _weightless(
-    paths: list[tuple[str, Block]], strict: bool, stored: Mapping[str, str], store: _Store
-) -> Generator[None]:
-    """Build modules that are not there yet, without reading the references that a strict load replaces anyway."""
-    built: list[ModuleBlock] = []
-    try:
-        lazy = [b for b in unique(paths).values() if isinstance(b, ModuleBlock) and not b.materialized]
-        for block in sorted(lazy, key=lambda b: b.leans_on is not None):
-            built.append(block)
-            key = next((stored[p] for p, b in paths if b is block and p in stored), None)
-            if key is not None:
-                block.expect_state(store.state(key))
-            block.build(read_reference=not strict)
-        yield
-    except BaseException:
-        for block in built:
-            block.unload()
-        raise
-
-
-def _renamed(store: _Store, rename: Mapping[str, str]) -> dict[str, str]:
-    stored: dict[str, str] = {}
-    used: set[str] = set()
-    for path, key in store.paths.items():
-        for old, new in rename.items():
-            if path == old or path.startswith((f"{old}/", f"{old}.")):
-                path = new + path[len(old) :]
-                used.add(old)
-                break
-        stored[path] = key
-    unused = sorted(set(rename) - used)
-    if unused:
-        raise CheckpointError(
-            f"{store.source}: rename names {unused[0]!r}, which it does not hold; it has {sorted(store.paths)}"
-        )
-    return stored
-
-
-def _compare_owners(
-    here: list[tuple[str, Block]], stored: Mapping[str, str], store: _Store, strict: bool
-) -> tuple[list[str], list[str]]:
-    known = {p for p, _ in here}
-    unexpected = [p for p in stored if p not in known]
-    missing: list[str] = []
-    for path, block in unique(here).items():
-        keys = {stored[p] for p, b in here if b is block and p in stored}
-        if len(keys) > 1:
-            shared = [p for p, b in here if b is block]
-            raise CheckpointError(
-                f"{store.source}: {shared} are one block here but {len(keys)} there; nothing was loaded"
-            )
-        if not keys and block.own_state_dict():
-            missing.append(path)
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            f"{store.source} (of a {store.index.get('kind')}) does not fit: it lacks the blocks {missing} "
-            f"and has unknown {unexpected}; nothing was loaded. Pass rename={{old: new}}, or strict=False"
-        )
-    return missing, unexpected
-
-
-def _unlike(own: Any, given: Any) -> bool:
-    if is_tensor(own) != is_tensor(given):
-        return True
-    if not is_tensor(own):
-        return False
-    return own.shape != given.shape or (own.is_floating_point() or own.is_complex()) != (
-        given.is_floating_point() or given.is_complex()
-    )
-
-
-# ---- the doors of a block --------------------------------------------------------------------------------------------
-
-
-class BlockCheckpoints:
-    """Saves and loads one block with its sub-blocks."""
-
-    def save(self, block: Block, path: Path | str, *, format: str, backend: str) -> Path:
-        return save_checkpoint(sub_paths(ROOT, block), path, kind="block", format=format, backend=backend)
-
-    def load(
-        self, block: Block, path: Path | str, *, strict: bool, rename: Mapping[str, str] | None, verify: bool
-    ) -> LoadReport:
-        return load_checkpoint(sub_paths(ROOT, block), path, strict=strict, rename=rename, verify=verify)
-
-
-Block.checkpoints = BlockCheckpoints()

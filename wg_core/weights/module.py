@@ -131,6 +131,12 @@ class ModuleBlock(Block):
     def close(self) -> None:
         self.unload()
 
+    def fork(self, name: str) -> Self:
+        """A block of the same arguments, at the same place and frozen as this one, with weights of its own."""
+        made = super().fork(name)
+        made._frozen, made._place = dict(self._frozen), self._place
+        return made
+
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def own_state_dict(self) -> dict[str, Any]:
