@@ -64,10 +64,12 @@ class FakeLLM(Block):
         lines = pack(items, settings.context_tokens, _words)
         messages = with_context(chat, lines)
         key = hashlib.sha256(json.dumps([seed, messages]).encode()).digest()
-        text = self._answer(random.Random(key), schema, settings)
-        counts = {"prompt_tokens": sum(_words(m["content"]) for m in messages), "completion_tokens": _words(text)}
         context = current_context()
-        context.add_usage(MODEL, **counts)
+        read = sum(_words(m["content"]) for m in messages)
+        with context.hold(MODEL, tokens=read + settings.max_new_tokens) as held:
+            text = self._answer(random.Random(key), schema, settings)
+            counts = {"prompt_tokens": read, "completion_tokens": _words(text)}
+            context.add_usage(MODEL, **counts, held=held)
         request = {"messages": messages, "schema": schema, "seed": seed}
         context.emit("model_call", model=MODEL, request=request, answer=text, seconds=0.0, **counts)
         packed = {"context_items": len(lines), "context_dropped": len(items) - len(lines)}

@@ -292,13 +292,14 @@ class CausalLM(ModuleBlock):
             more = min(settings.max_new_tokens * (2 + attempt) // 2, limit - len(prompt))
             room = replace(settings, max_new_tokens=more)
             started = time.perf_counter()
-            answer = self._decode(prompt, room, derive_seed(seed, attempt), schema)
+            with context.hold(self.checkpoint_ref, tokens=len(prompt) + more) as held:
+                answer = self._decode(prompt, room, derive_seed(seed, attempt), schema)
+                counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answer.ids)}
+                context.add_usage(self.checkpoint_ref, **counts, held=held)
             seconds = time.perf_counter() - started
-            counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answer.ids)}
             usage["calls"] += 1
             for key, number in counts.items():
                 usage[key] += number
-            context.add_usage(self.checkpoint_ref, **counts)
             request = {"messages": [dict(m) for m in chat], "schema": schema, "settings": _plain(room), "seed": seed}
             context.emit(
                 "model_call", model=self.checkpoint_ref, request=request, answer=answer.text, seconds=seconds, **counts

@@ -29,6 +29,7 @@ from wg_core.errors import (
 
 if TYPE_CHECKING:
     from wg_core import World
+    from wg_core.execution.budget import Budget
     from wg_core.state.store import Snapshot
 
 OK, USAGE, FAILED, MISSING = 0, 2, 3, 4
@@ -269,10 +270,15 @@ def run(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the steps; without one each step draws its own.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="LIMITS", help="What all steps may ask of models: calls=N,tokens=N,cost=X."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the whole cycle; no model, no snapshot.")] = False,
     as_json: Json = False,
 ) -> int:
     """Step a world here, with live progress."""
+    limits = limits_of(budget)
     opened = open_world(world)
     if dry_run:
         opened.dry_run()
@@ -290,8 +296,9 @@ def run(
     for i in range(steps):
         with progress(opened.title, None if as_json else out) as hook:
             snapshot = opened.step(
-                action=action if i == 0 else None, state=given if i == 0 else None, seed=seed, hooks=(hook,)
-            )
+                action=action if i == 0 else None, state=given if i == 0 else None, seed=seed, hooks=(hook,),
+                budget=limits,
+            )  # fmt: skip
         if as_json:
             made.append(summary(opened, snapshot))
         else:
@@ -299,6 +306,22 @@ def run(
     if as_json:
         print_json({"world": opened.world_id, "steps": made})
     return OK
+
+
+def limits_of(budget: str | None) -> "Budget | None":
+    """`calls=N,tokens=N,cost=X` as a budget. Raises: ConfigError."""
+    from wg_core.execution.budget import Budget
+
+    if budget is None:
+        return None
+    limits: dict[str, float] = {}
+    for part in budget.split(","):
+        name, _, value = part.partition("=")
+        try:
+            limits[name.strip()] = float(value) if name.strip() == "cost" else int(value)
+        except ValueError:
+            raise ConfigError(f"--budget {part!r}: write calls=N, tokens=N or cost=X, with commas between") from None
+    return Budget(limits)
 
 
 @contextmanager
@@ -357,9 +380,18 @@ def summary(world: "World", snapshot: "Snapshot") -> dict[str, Any]:
         "intent": carried.get("intent", {}).get("text"),
         "artifacts": pictures(world, carried),
         "stages": [record.model_dump(mode="json") for record in snapshot.stages],
+        "usage": snapshot.usage(),
         "seed": snapshot.seed,
         "action": snapshot.action,
     }
+
+
+def spending(usage: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Calls, tokens and cost of all models together."""
+    from wg_core.execution.budget import amount_of
+
+    rows = [amount_of(row) for row in usage.values()]
+    return {name: sum(row[name] for row in rows) for name in ("calls", "tokens", "cost")}
 
 
 def print_step(world: "World", snapshot: "Snapshot") -> None:
@@ -375,12 +407,16 @@ def print_step(world: "World", snapshot: "Snapshot") -> None:
     for artifact in data["artifacts"]:
         out.print(f"Made:   {artifact['path']}", markup=False)
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("stage", "left"), ("seconds", "right"), ("tokens", "right"), ("", "left")):
-        table.add_column(name, justify=justify)
+    priced = any("cost" in row for record in snapshot.stages for row in record.usage.values())
+    columns = ["stage", "seconds", "calls", "tokens", *(["cost"] if priced else []), ""]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("stage", "") else "right")
     for record in snapshot.stages:
-        tokens = sum(u.get("prompt_tokens", 0) + u.get("completion_tokens", 0) for u in record.usage.values())
+        used = spending(record.usage)
         note = "" if record.ran else f"skipped: {record.reason}"
-        table.add_row(record.role, f"{record.seconds:.2f}" if record.ran else "", str(tokens) if tokens else "", note)
+        cells = [f"{used['calls']:.0f}" if used["calls"] else "", f"{used['tokens']:.0f}" if used["tokens"] else ""]
+        cells += [f"{used['cost']:.6g}" if used["cost"] else ""] if priced else []
+        table.add_row(record.role, f"{record.seconds:.2f}" if record.ran else "", *cells, note)
     out.print(table)
     out.print(f"snapshot {snapshot.id[:16]}", markup=False)
 
@@ -452,9 +488,20 @@ def show(world: Annotated[str, typer.Argument(metavar="WORLD[@STEP]")], *, as_js
     if snapshot is None:
         raise ConfigError(f"{opened.world_id} has no snapshot yet; make one: wg run {name}")
     if as_json:
-        print_json({**snapshot.model_dump(mode="json"), "id": snapshot.id, "files": pictures(opened, snapshot.carried)})
+        print_json(
+            {
+                **snapshot.model_dump(mode="json"),
+                "id": snapshot.id,
+                "files": pictures(opened, snapshot.carried),
+                "usage": snapshot.usage(),
+                "usage_of_world": opened.usage(),
+            }
+        )
     else:
         print_step(opened, snapshot)
+        used = spending(opened.usage())
+        cost = f", cost {used['cost']:.6g}" if used["cost"] else ""
+        out.print(f"all steps: {used['calls']:.0f} model calls, {used['tokens']:.0f} tokens{cost}", markup=False)
     return OK
 
 

@@ -7,10 +7,16 @@ from typing import Any
 import dagster as dg
 
 from wg_core.errors import ConfigError
+from wg_core.execution.budget import checked_limits
 from wg_core.state.forms import BLOCKS
 
 LONGEST_ACTION = 20_000
 LARGEST_STATE_FILE = 16 * 2**20
+LIMITS = (
+    ("calls", int, "Calls of models."),
+    ("tokens", int, "Tokens, read and written together."),
+    ("cost", float, "Cost, in the unit of the models' prices."),
+)
 
 
 class Launch(dg.Config):
@@ -19,6 +25,7 @@ class Launch(dg.Config):
     action: str | None = None
     initial_state: dict[str, Any] | None = None
     seed: int | None = None
+    budget: dict[str, float] | None = None
     dry_run: bool = False
 
 
@@ -41,6 +48,12 @@ def launch_mapping(begin_op: str) -> dg.ConfigMapping:
             default_value=None,
             description="0 or more; equal seeds repeat a step. Left out: the world's own, or drawn once and recorded.",
         ),
+        "budget": dg.Field(
+            {name: dg.Field(dg.Noneable(kind), is_required=False, description=said) for name, kind, said in LIMITS},
+            is_required=False,
+            description="What the step may ask of models at most; a call that would exceed it is refused. Left out: "
+            "the limits of the world's file.",
+        ),
         "dry_run": dg.Field(
             bool,
             default_value=False,
@@ -57,11 +70,14 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"action: {len(action)} characters; the limit is {LONGEST_ACTION}")
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"seed: {seed} is outside 0 .. 2**63-1")
+    budget = checked_limits(given.get("budget") or {})
     values: dict[str, Any] = {"dry_run": bool(given.get("dry_run", False))}
     if action and action.strip():
         values["action"] = action
     if seed is not None:
         values["seed"] = seed
+    if budget:
+        values["budget"] = {name: float(limit) for name, limit in budget.items()}
     if state is not None:
         values["initial_state"] = _state(state)
     return values

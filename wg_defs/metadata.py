@@ -104,15 +104,15 @@ def block_names(blocks: Iterable[int | str]) -> list[str]:
 
 
 def numbers(records: Iterable[Mapping[str, Any]]) -> dict[str, dg.MetadataValue]:
-    """Seconds, calls and tokens, summed; numeric, so that the page plots them over the steps."""
+    """Seconds, calls, tokens and cost, summed; numeric, so that the page plots them over the steps."""
     return {
-        name: dg.MetadataValue.float(value) if name == "seconds" else dg.MetadataValue.int(int(value))
+        name: dg.MetadataValue.float(value) if name in ("seconds", "cost") else dg.MetadataValue.int(int(value))
         for name, value in totals(records).items()
     }
 
 
 def totals(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds, model calls and tokens of `records`, summed."""
+    """Seconds, model calls, tokens and cost of `records`, summed; cost where any model has a price."""
     total = {"seconds": 0.0, "model_calls": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
     for record in records:
         total["seconds"] += float(record.get("seconds") or 0.0)
@@ -120,6 +120,8 @@ def totals(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             total["model_calls"] += used.get("calls", 0)
             total["prompt_tokens"] += used.get("prompt_tokens", 0)
             total["completion_tokens"] += used.get("completion_tokens", 0)
+            if "cost" in used:
+                total["cost"] = total.get("cost", 0.0) + used["cost"]
     total["seconds"] = round(total["seconds"], 4)
     total["tokens"] = total["prompt_tokens"] + total["completion_tokens"]
     return total

@@ -134,7 +134,9 @@ def begin_step(world: "World", step: int, launch: Launch) -> "Flow | None":
     if step <= last:
         return _begin_again(world, step, launch)
     parent = world.store.head(world.world_id)
-    return world.begin(state=launch.initial_state, action=launch.action, seed=launch.seed, parent=parent)
+    return world.begin(
+        state=launch.initial_state, action=launch.action, seed=launch.seed, parent=parent, budget=limits_of(launch)
+    )
 
 
 def _begin_again(world: "World", step: int, launch: Launch) -> "Flow":
@@ -149,7 +151,13 @@ def _begin_again(world: "World", step: int, launch: Launch) -> "Flow":
     if changed:
         raise already_published(world.world_id, step, f"with another {' and '.join(changed)}")
     owner = default_owner()
-    return world.beginning_of(published, owner=owner, epoch=world.store.acquire(world.world_id, owner))
+    flow = world.beginning_of(published, owner=owner, epoch=world.store.acquire(world.world_id, owner))
+    return flow.model_copy(update={"budget": limits_of(launch)})
+
+
+def limits_of(launch: Launch) -> dict[str, float]:
+    """The budget that was asked for; calls and tokens are whole numbers."""
+    return {n: limit if n == "cost" else int(limit) for n, limit in (launch.budget or {}).items()}
 
 
 def already_published(world_id: str, step: int, why: str) -> dg.Failure:

@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:
             time.sleep(server.pause)
-            self._send(good(self.path, body) if reply is None else reply)
+            self._send(good(self.path.split("?")[0], body) if reply is None else reply)
         finally:
             with server.lock:
                 server.at_once -= 1

@@ -332,6 +332,14 @@ class StorageEntry(Strict):
     root: str | None = None
 
 
+class BudgetEntry(Strict):
+    """What a step may ask of models at most; `tokens` are those read and written, `cost` is in the unit of the prices."""
+
+    calls: int | None = Field(default=None, ge=0)
+    tokens: int | None = Field(default=None, ge=0)
+    cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
 UPDATE = "world_update"
 CANONICAL = ("philosopher", "author", "world_update", "development", "architect", "creator")
 
@@ -349,6 +357,7 @@ class ExecutionEntry(Strict):
     state_schema: dict[str, dict[str, Json]] = {}
     storage: StorageEntry = StorageEntry()
     seed: int | None = None
+    budget: BudgetEntry = BudgetEntry()
 
     @field_validator("stages")
     @classmethod

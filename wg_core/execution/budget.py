@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from wg_core.errors import BudgetExceededError, ConfigError, did_you_mean
 
@@ -13,23 +13,21 @@ LIMITS: tuple[str, ...] = ("calls", "tokens", "cost")
 
 
 class Budget:
-    """Limits of calls, tokens (read and written together) and cost, shared by all levels and threads of a run.
+    """Limits, `{calls?, tokens?, cost?}`, tokens read and written together, shared by all levels and threads of a run.
 
     A call is held at its estimate before it is made and settled at what it took. `within` is a budget that is held to
     as well, `spent` what the ledger has already (rows of `{calls, prompt_tokens, completion_tokens, cost}`).
-    Raises: ConfigError for a limit that is no number >= 0.
+    Raises: ConfigError for an unknown limit, or one that is no number >= 0.
     """
 
     def __init__(
         self,
+        limits: Mapping[str, Any],
         *,
-        calls: int | None = None,
-        tokens: int | None = None,
-        cost: float | None = None,
         within: Budget | None = None,
         spent: Iterable[Mapping[str, float]] = (),
     ) -> None:
-        self.limits = checked_limits({"calls": calls, "tokens": tokens, "cost": cost})
+        self.limits = checked_limits(limits)
         self.within = within
         self._lock = threading.Lock()
         self._spent = dict.fromkeys(LIMITS, 0.0)
@@ -40,11 +38,7 @@ class Budget:
     @classmethod
     def of(cls, given: Budget | Mapping[str, Any] | None) -> Budget | None:
         """The budget of `{calls?, tokens?, cost?}`; a budget as it is. Raises: ConfigError."""
-        if given is None or isinstance(given, Budget):
-            return given
-        limits = checked_limits(given)
-        return cls(calls=cast("int | None", limits.get("calls")), tokens=cast("int | None", limits.get("tokens")),
-                   cost=limits.get("cost")) if limits else None  # fmt: skip
+        return given if given is None or isinstance(given, Budget) else cls(given)
 
     @property
     def spent(self) -> dict[str, float]:

@@ -28,8 +28,9 @@ from wg_core.errors import (
     did_you_mean,
 )
 from wg_core.execution.block import Block
+from wg_core.execution.budget import Budget, checked_limits
 from wg_core.execution.calls import CallLog
-from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, derive_seed
+from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, add_rows, derive_seed
 from wg_core.execution.drawing import Drawing, draw_cycle
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.end_world import EndWorld, end_world_folders, find_end_world, linked_end_worlds
@@ -56,7 +57,7 @@ class Flow(BaseModel):
 
     `content` is the root hash of the content after the stages so far; `given` the state that the step began with,
     `applied` the full state that World update took in, `dropped` the blocks of a state that was not full. `calls` names
-    for each stage the blob with the model calls that it made.
+    for each stage the blob with the model calls that it made, `budget` what the whole step may ask of models.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -74,6 +75,7 @@ class Flow(BaseModel):
     content_seed: str
     stages: list[StageRecord] = []
     calls: dict[str, str] = {}
+    budget: dict[str, int | float] = {}
     action: str | None = None
     seed: int
     config_hash: str
@@ -354,9 +356,9 @@ class World(Written):
     def hashed(self) -> dict[str, Any]:
         """What decides how this world runs: each stage as its hash, so that it may run anywhere.
 
-        Where snapshots lie does not count.
+        Where snapshots lie does not count, nor what a step may cost.
         """
-        rest = {k: v for k, v in self._settings().items() if k != "storage"}
+        rest = {k: v for k, v in self._settings().items() if k not in ("storage", "budget")}
         return {**rest, "stages": {role: _stage_hash(stage) for role, stage in self.stages.items()}}
 
     def block_paths(self) -> Iterator[tuple[str, Block]]:
@@ -401,13 +403,17 @@ class World(Written):
         seed: int | None = None,
         parent: Snapshot | None = None,
         owner: str | None = None,
+        budget: Mapping[str, Any] | None = None,
     ) -> Flow:
         """Begin the step after the head: take the world's lease, the carried (or given) state and a seed.
+
+        Limits of `budget` (`{calls, tokens, cost}`) replace those of the world's file.
 
         Raises: SnapshotConflictError if `parent` is not the head or another owner holds the world, ConfigError for a
         world that lacks stages.
         """
         self._must_be_whole()
+        limits = checked_limits({**cast("dict[str, Any]", self._execution.get("budget") or {}), **(budget or {})})
         owner = owner or default_owner()
         epoch = self.store.acquire(self.world_id, owner)
         try:
@@ -438,6 +444,7 @@ class World(Written):
                 state=given.to_json(),
                 content=head.content if head is not None else content_seed,
                 content_seed=content_seed,
+                budget=limits,
                 action=action,
                 seed=chosen if chosen is not None else secrets.randbits(63),
                 config_hash=self.config_hash,
@@ -573,10 +580,12 @@ class World(Written):
     ) -> Snapshot:
         """One pass through the cycle, from the head (or from nothing) to a new snapshot.
 
-        `action` reaches Development; a given `state` replaces the carried one; `options` are run options.
+        `action` reaches Development; a given `state` replaces the carried one; `options` are run options. What a
+        failed step spent on stages that came to their end is not lost: they are taken over at the next try.
 
         Raises: SnapshotConflictError if `snapshot` is not the head, and what the stages raise.
         """
+        options = with_budget(options)
         flow = self.begin(state=state, action=action, seed=seed, parent=snapshot)
         try:
             for role in self.cycle:
@@ -589,7 +598,8 @@ class World(Written):
     def evolve(
         self, n: int, *, action: str | None = None, seed: int | None = None, hooks: Sequence[Hook] = (), **options: Any
     ) -> Iterator[Snapshot]:
-        """`n` steps, each snapshot as it is published; `action` is for the first."""
+        """`n` steps, each snapshot as it is published; `action` is for the first, a `budget` for all together."""
+        options = with_budget(options)
         for i in range(n):
             yield self.step(action=action if i == 0 else None, seed=seed, hooks=hooks, **options)
 
@@ -602,6 +612,7 @@ class World(Written):
         **more: Any,
     ) -> Snapshot:
         """`num_steps` steps; gives the last snapshot. Raises: ConfigError for fewer than one step."""
+        more = with_budget(more)
         if num_steps < 1:
             raise ConfigError(f"num_steps is {num_steps}; a run has at least one step")
         snapshot = self.step(action=action, state=state, **more)
@@ -627,6 +638,13 @@ class World(Written):
             runs[name] = filled >= set(reads) and not filled & set(writes)
             filled |= set(writes) if runs[name] else set()
         return runs
+
+    def usage(self, step: int | None = None) -> dict[str, dict[str, float]]:
+        """Model use of a step, or of all steps together: `{model: {calls, prompt_tokens, completion_tokens, cost?}}`."""
+        total: dict[str, dict[str, float]] = {}
+        for snapshot in self.history() if step is None else [self.store.get(self.world_id, step)]:
+            add_rows(total, snapshot.usage())
+        return total
 
     def load_last_snapshot(self) -> Snapshot | None:
         """The last published step, None before the first."""
@@ -737,6 +755,7 @@ class World(Written):
             "blobs": self.store.blobs,
             "calls": calls,
             **options,
+            "budget": _step_budget(flow, options.get("budget")),
         }
         settings["extra"] = {"step": flow.step, **cast("dict[str, Any]", options.get("extra") or {})}
         frame = Frame("world", self.world_id, RunOptions(**settings))
@@ -810,6 +829,19 @@ def _stage_hash(stage: Stage) -> str:
     except ConfigError:
         blocks = [[path, type(b).__module__, type(b).__qualname__, b.config] for path, b in stage.block_paths()]
         return f"code:{sha256_json(blocks)}"
+
+
+def with_budget(options: dict[str, Any]) -> dict[str, Any]:
+    """Run options whose budget, if any, is one for all the runs that they are given to. Raises: ConfigError."""
+    return {**options, "budget": Budget.of(options["budget"])} if options.get("budget") is not None else options
+
+
+def _step_budget(flow: Flow, run: Budget | Mapping[str, Any] | None) -> Budget | None:
+    """What the stage that comes next may use: what is left of the step's budget, and of the run's."""
+    if not flow.budget:
+        return Budget.of(run)
+    spent = [row for record in flow.stages for row in record.usage.values()]
+    return Budget(flow.budget, within=Budget.of(run), spent=spent)
 
 
 def default_owner() -> str:

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from wg_core.errors import ConfigError
+from wg_core.execution.context import add_rows
 from wg_core.state.canonical import plain, sha256_json
 from wg_core.state.forms import Sha256, block_name, form_errors
 from wg_core.state.state import State
@@ -118,6 +119,13 @@ class Snapshot(BaseModel):
             for items in state.get("artifacts", {}).values():
                 found |= {item["id"]: item for item in items}
         return found
+
+    def usage(self) -> dict[str, dict[str, float]]:
+        """Model use of all stages together: `{model: {calls, prompt_tokens, completion_tokens, cost?}}`."""
+        total: dict[str, dict[str, float]] = {}
+        for record in self.stages:
+            add_rows(total, record.usage)
+        return total
 
     def calls(self) -> dict[str, str]:
         """Stage -> blob with the model calls that it made in this step."""
