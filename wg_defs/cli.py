@@ -29,7 +29,6 @@ from wg_core.errors import (
 
 if TYPE_CHECKING:
     from wg_core import World
-    from wg_core.execution.budget import Budget
     from wg_core.state.store import Snapshot
 
 OK, USAGE, FAILED, MISSING = 0, 2, 3, 4
@@ -278,6 +277,8 @@ def run(
     as_json: Json = False,
 ) -> int:
     """Step a world here, with live progress."""
+    from wg_core.execution.budget import Budget
+
     limits = limits_of(budget)
     opened = open_world(world)
     if dry_run:
@@ -293,11 +294,12 @@ def run(
 
         given = State.from_json(state.read_text(encoding="utf-8"))
     made: list[dict[str, Any]] = []
+    whole = Budget(limits) if limits else None
     for i in range(steps):
         with progress(opened.title, None if as_json else out) as hook:
             snapshot = opened.step(
                 action=action if i == 0 else None, state=given if i == 0 else None, seed=seed, hooks=(hook,),
-                budget=limits,
+                budget=whole,
             )  # fmt: skip
         if as_json:
             made.append(summary(opened, snapshot))
@@ -308,20 +310,18 @@ def run(
     return OK
 
 
-def limits_of(budget: str | None) -> "Budget | None":
-    """`calls=N,tokens=N,cost=X` as a budget. Raises: ConfigError."""
-    from wg_core.execution.budget import Budget
+def limits_of(budget: str | None) -> dict[str, float]:
+    """The limits of `calls=N,tokens=N,cost=X`. Raises: ConfigError."""
+    from wg_core.execution.budget import checked_limits
 
-    if budget is None:
-        return None
     limits: dict[str, float] = {}
-    for part in budget.split(","):
+    for part in budget.split(",") if budget else ():
         name, _, value = part.partition("=")
         try:
             limits[name.strip()] = float(value) if name.strip() == "cost" else int(value)
         except ValueError:
             raise ConfigError(f"--budget {part!r}: write calls=N, tokens=N or cost=X, with commas between") from None
-    return Budget(limits)
+    return checked_limits(limits)
 
 
 @contextmanager
@@ -432,11 +432,15 @@ def evolve(
         str | None, typer.Option(help="What is done to the world; reaches Development of the first step.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first step.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="What each step may ask of models: calls=N,tokens=N,cost=X.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Step a world through Dagster, models kept loaded; each step is a run on the page."""
     from wg_defs.worker import evolve as work
 
+    limits = limits_of(budget)
     path = find(world)
     opened = open_world(str(path))
 
@@ -449,7 +453,9 @@ def evolve(
             print_step(opened, opened.store.get(opened.world_id, done.step))
             out.print(f"run {done.run_id}", markup=False)
 
-    done = work(opened.world_id, steps, until=until, action=action, seed=seed, folders=[path], on_step=show)
+    done = work(
+        opened.world_id, steps, until=until, action=action, seed=seed, budget=limits, folders=[path], on_step=show
+    )
     if as_json:
         print_json({"world": opened.world_id, "steps": [d.to_dict() for d in done]})
     return OK if all(d.ok for d in done) else FAILED

@@ -1,7 +1,7 @@
 """Many steps in one process: models are loaded once, and every step is a run on the page like any other."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def evolve(
     until: int | None = None,
     action: str | None = None,
     seed: int | None = None,
+    budget: Mapping[str, float] | None = None,
     folders: Sequence[Path] | None = None,
     root: Path | None = None,
     instance: dg.DagsterInstance | None = None,
@@ -50,8 +51,9 @@ def evolve(
 ) -> list[Evolved]:
     """Run the next `steps` steps of a world one after the other, or all up to step `until`; stop at a failure.
 
-    `action` and `seed` belong to the first of them. Every step is a run of the job `<world>__evolve` on the instance
-    that the page shows; `on_step` is called after each. Values and tracking lie below `root` (`WG_HOME`).
+    `action` and `seed` belong to the first of them, `budget` (`{calls, tokens, cost}`) to each. Every step is a run of
+    the job `<world>__evolve` on the instance that the page shows; `on_step` is called after each. Values and tracking
+    lie below `root` (`WG_HOME`).
 
     Raises: ConfigError for an unknown world, a broken file or a bad number.
     """
@@ -74,7 +76,8 @@ def evolve(
         job = build([Path(file.path)], root=root, mlflow=mlflow).resolve_job_def(evolve_name(file.world_id))
         done: list[Evolved] = []
         for number in range(steps):
-            asked = {"action": action, "seed": seed} if number == 0 else {}
+            asked: dict[str, Any] = {"action": action, "seed": seed} if number == 0 else {}
+            asked |= {"budget": dict(budget)} if budget else {}
             done.append(_one(job, on, file.world_id, last_step(world) + 1, asked))
             if on_step is not None:
                 on_step(done[-1])

@@ -39,12 +39,18 @@ for block_type, given in ((f"{role}/api", port) for role, port in inputs.items()
     assert graph.validate().is_valid
     graph.run({given: "x"}, dry_run=True)
     assert Graph.from_config(graph.to_config()).to_config() == graph.to_config()
+from wg_blocks.templates import stub
+from wg_core import World
+config = stub("far")
+config["execution"]["models"]["text"] = {"block_type": "llm/api", "config": {"backend": "api", "provider": "anthropic", "model_id": "m"}}
+world = World.from_config(config)
+assert world.validate(deep=True).is_valid and set(world.dry_run()) == set(world.stages)
 assert not {"openai", "anthropic", "httpx2", "torch", "transformers"} & set(sys.modules), sorted(sys.modules)
 """
 
 
 def test_build_validate_and_dry_run_need_nothing() -> None:
-    """01 F-31, T-23, A-7: no key, no network, no import of a provider's package."""
+    """01 F-31, T-23, A-7, 04 X-1: blocks of every role and a whole world: no key, no network, no import of a provider's package."""
     subprocess.run([sys.executable, "-W", "error", "-c", DRY], check=True, env={"PATH": "/usr/bin:/bin"}, timeout=60)
 
 

@@ -61,6 +61,15 @@ def test_run_json_is_one_document(project: Path) -> None:
     assert {r["role"] for r in made["steps"][1]["stages"] if r["ran"]} >= {"philosopher", "world_update"}
 
 
+def test_a_budget_and_what_was_used(project: Path) -> None:
+    """01 E-9, 03 W-21: a run stops before it exceeds its budget; what a step and the world took is shown."""
+    stopped = wg("run", "isle", "--steps", "3", "--budget", "calls=3,tokens=90000")
+    assert stopped.exit_code == 3 and "of the budget of 3 calls are used" in stopped.stderr
+    shown = document(wg("show", "isle", "--json"))
+    assert shown["step"] == 0 and shown["usage"] == shown["usage_of_world"] and shown["usage"]["fake"]["calls"] == 2
+    assert "all steps: 2 model calls" in wg("show", "isle").stdout
+
+
 def test_run_with_a_given_state(project: Path) -> None:
     """A state from a file replaces the carried one."""
     state = World.from_yaml("worlds/isle.yaml").example_state([1, 2, 3, 4, 5])
@@ -128,6 +137,8 @@ def test_a_wrong_world_file(project: Path, verb: str, change: dict[str, Any], sa
         (("show", "isle@7"), 2, "7"),
         (("schema", "grap"), 2, "did you mean 'graph'"),
         (("run", "isle", "--steps", "0"), 2, "steps"),
+        (("run", "isle", "--budget", "calls"), 2, "write calls=N, tokens=N or cost=X"),
+        (("run", "isle", "--budget", "cals=3"), 2, "did you mean 'calls'"),
     ],
 )
 def test_wrong_requests(project: Path, args: tuple[str, ...], code: int, said: str) -> None:

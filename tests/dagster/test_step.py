@@ -116,6 +116,8 @@ def test_published_step_with_another_result(project: Project) -> None:  # proves
         ({"initial_state": {"intent": {"txt": "x"}}}, "txt"),
         ({"initial_state": {"intention": {}}}, "intention"),
         ({"dry_run": "perhaps"}, "dry_run"),
+        ({"budget": {"calls": -1}}, "budget.calls"),
+        ({"budget": {"cals": 1}}, "cals"),
     ],
 )
 def test_wrong_launch_config_is_refused_before_a_run(
@@ -135,6 +137,19 @@ def test_state_from_a_file(project: Project, tmp_path: Path) -> None:  # proves 
     assert project.step("000000", initial_state=str(file), seed=3, action="a calm").success
     head = project.world().store.head("tide")
     assert (head.given, head.seed, head.action) == (state, 3, "a calm")
+
+
+def test_a_budget_stops_the_step_and_costs_are_numbers(project: Project) -> None:  # proves 05 K-9, K-10, 01 E-9
+    config = stub_config("tide", project.root / "snapshots")
+    words = {"backend": "api", "provider": "fake", "model_id": "m", "prices": {"call": 0.5}}
+    config["execution"]["models"]["text"] = {"block_type": "llm/api", "config": words}
+    write_world(project.worlds, config)
+    step, said = failure(project.step("000000", seed=4, budget={"calls": 1, "cost": 9.5}))
+    assert step == "architect" and "1 of the budget of 1 calls are used; raise the budget" in said
+    assert project.world().store.head("tide") is None
+    made = materialized(project.step("000000", seed=4, budget={"calls": 2}))
+    assert made["development"].metadata["cost"].value == 0.5 and made["snapshot"].metadata["cost"].value == 1.0
+    assert made["snapshot"].metadata["model_calls"].value == 2
 
 
 def test_dry_run_makes_nothing(project: Project) -> None:  # proves 05 K-9
