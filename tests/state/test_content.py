@@ -8,7 +8,9 @@ from test_state import changes, texts
 
 from wg_core.errors import ConfigError, CorruptSnapshotError, SnapshotConflictError
 from wg_core.state.blobs import MemoryBlobs
-from wg_core.state.content import SEGMENT, WorldContent, apply
+from wg_core.state.canonical import canonical_bytes
+from wg_core.state.chain import PAGE
+from wg_core.state.content import KINDS, WorldContent, apply
 from wg_core.state.state import State
 
 SEED = {
@@ -177,37 +179,102 @@ def test_apply_is_pure_and_survives_storage(course):
     assert len(entry["changes"]) + len(entry["refused"]) == len(course[-1][0])
 
 
+def changing(*ids, n=0):
+    return state_with([{"op": "update", "kind": "entity", "id": i, "fields": {"n": n}} for i in ids], f"event {n}", n)
+
+
 def test_a_step_writes_what_changed_and_no_more():
-    """C-1: one blob per entity, so an unchanged part is neither written nor hashed again."""
+    """C-1: one blob per entity and one for the step, whose size depends on neither the world's size nor its age."""
     blobs = CountingBlobs()
     seed = {"characters": [{"id": f"c{i}"} for i in range(500)]}
     content = WorldContent.from_seed(seed)
     content.save(blobs)
-    assert blobs.puts == 503  # records, texts, lists, root
-    for step in range(3):
+    assert blobs.puts == 503  # records, texts, lists, the first link
+    sizes = []
+    for step in range(300):
         blobs.puts = 0
-        change = {"op": "update", "kind": "entity", "id": "c7", "fields": {"n": step}}
-        content = apply(content, state_with([change], n=step), step=step, made_by=BY)
+        content = apply(content, changing("c7", n=step), step=step, made_by=BY)
         root = content.save(blobs)
-        assert blobs.puts == 4  # the entity, the artifact, the chronicle's last segment, the root
-        content = WorldContent.load(blobs, root)
+        assert blobs.puts == 3  # the entity, the artifact, the link
+        sizes.append(len(blobs.get(root)) - len(canonical_bytes(content.chronicle(-1)[0])))
+        assert content.save(blobs) == root and blobs.puts == 3
+    assert max(sizes) < 2048 and sizes[-1] - sizes[1] < 100
+    counted = Reads(blobs)
+    loaded = WorldContent.load(counted, root)
+    assert loaded.get("entity", "c7")["fields"]["n"] == 299 and counted.reads < 1 + 800 / PAGE + 3
+    assert [e["step"] for e in loaded.chronicle(-3)] == [297, 298, 299] and loaded.chronicle_length == 300
+    assert len(loaded.artifact_ids) == len(set(content.artifact_ids)) and loaded.to_json() == content.to_json()
 
 
-def test_chronicle_in_segments():
-    """C-1: the chronicle is stored in segments of 256 entries; sealed ones are kept as they are."""
-    blobs = CountingBlobs()
-    content = WorldContent()
-    full = state_with([])
-    for step in range(SEGMENT + 3):
-        content = apply(content, full, step=step, made_by=BY)
-    loaded = WorldContent.load(blobs, content.save(blobs))
-    assert loaded.chronicle_length == SEGMENT + 3
-    assert [e["step"] for e in loaded.chronicle(SEGMENT - 2, SEGMENT + 1)] == [SEGMENT - 2, SEGMENT - 1, SEGMENT]
-    assert [e["step"] for e in loaded.chronicle(-2)] == [SEGMENT + 1, SEGMENT + 2]
-    assert loaded.applied(full.hash(), 5) and not loaded.applied(full.hash(), 10_000)
-    blobs.puts = 0
-    apply(loaded, full, step=9999, made_by=BY).save(blobs)
-    assert blobs.puts == 2  # last segment and root
+@given(st.lists(st.tuples(st.integers(0, 3 * PAGE), st.integers(0, 40)), max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_any_course_of_growth_is_found_again(course):
+    """C-1: however fast records come and change, all are found in their order from the last link."""
+    blobs = MemoryBlobs()
+    content = WorldContent.from_seed({"rules": ["one"]})
+    for step, (more, changed) in enumerate(course):
+        here = content.ids("place")
+        wanted = [{"op": "add", "kind": "place", "id": f"p{step}_{i}"} for i in range(more)]
+        wanted += [{"op": "update", "kind": "place", "id": i, "fields": {"n": step}} for i in here[changed : changed + 3]]
+        content = apply(content, state_with(wanted, n=step), step=step, made_by=BY)
+        loaded = WorldContent.load(blobs, content.save(blobs))
+        assert loaded.ids("place") == content.ids("place") == [*here, *(f"p{step}_{i}" for i in range(more))]
+        assert loaded.to_json() == content.to_json()
+
+
+class Reads:
+    """Blobs that count what is read."""
+
+    def __init__(self, blobs):
+        self.blobs, self.reads = blobs, 0
+
+    def get(self, sha):
+        self.reads += 1
+        return self.blobs.get(sha)
+
+
+def old_form(content, blobs):
+    """The root of a content as version 1.0 stored it: lists of hashes, and the chronicle in segments."""
+    parts = {name: part.save(blobs) for name, part in content.parts()}
+    entries = content.chronicle()
+    segments = []
+    for i in range(0, len(entries), 256):
+        some = entries[i : i + 256]
+        segments.append([blobs.put(canonical_bytes({"entries": some})), len(some), some[0]["step"], some[-1]["step"]])
+    root = {
+        "schema_version": "1.0", "texts": parts["texts"], "lists": parts["lists"], "chronicle": segments,
+        "kinds": {k: [[i, parts[f"{k}:{i}"]] for i in content.ids(k, retired=True)] for k in KINDS},
+        "artifacts": [[i, parts[f"artifact:{i}"]] for i in content.artifact_ids],
+    }  # fmt: skip
+    return blobs.put(canonical_bytes(root))
+
+
+def test_contents_of_version_1_are_read_and_gone_on_from():
+    """C-4, 02 S-6: an older content is read as it is, and the next step is written after it."""
+    blobs, other = MemoryBlobs(), MemoryBlobs()
+    content = WorldContent.from_seed(SEED)
+    for step in range(260):
+        content = apply(content, changing("mara", n=step), step=step, made_by=BY)
+    root = old_form(content, blobs)
+    old = WorldContent.load(blobs, root)
+    assert old.to_json() == content.to_json() and old.save(blobs) == root
+    assert [e["step"] for e in old.chronicle(254, 258)] == [254, 255, 256, 257]
+    assert old.applied(changing("mara", n=7).hash(), 7) and not old.applied(changing("mara", n=7).hash(), 8)
+    with pytest.raises(SnapshotConflictError):
+        apply(old, changing("mara", n=259), step=259, made_by=BY)
+    after = apply(old, changing("mara", n=260), step=260, made_by=BY)
+    again = WorldContent.load(blobs, after.save(blobs))
+    assert again.to_json() == apply(content, changing("mara", n=260), step=260, made_by=BY).to_json()
+    assert again.save(other) == after.save(blobs)
+    assert WorldContent.load(other, again.save(other)).to_json() == again.to_json()
+
+
+def test_a_newer_content_is_refused_by_name():
+    """02 S-6: what a newer version wrote is not read as something else."""
+    blobs = MemoryBlobs()
+    value = {"content_step": {"schema_version": "3.0"}}
+    with pytest.raises(ConfigError, match=r"schema version '3\.0'"):
+        WorldContent.load(blobs, blobs.put(canonical_bytes(value)))
 
 
 def test_load_refuses_other_bytes():

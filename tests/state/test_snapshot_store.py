@@ -454,6 +454,20 @@ def test_fork_copies_no_blobs(store):
         store.fork("w", 9, "third")
 
 
+def test_a_large_blob_is_written_once_and_whole(store):
+    """C-5: what is large is hashed while it is written; stored bytes are not written again, and nothing is left over."""
+    data = bytes(range(256)) * 8192
+    sha = store.blobs.put(data)
+    before = store.blobs.path(sha).stat()
+    assert store.blobs.put(data) == sha and store.blobs.get(sha) == data
+    after = store.blobs.path(sha).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert [p.name for p in store.blobs.root.rglob("*") if p.is_file()] == [sha]
+    with pytest.raises(TypeError):
+        store.blobs.put([0] * (1 << 20))
+    assert [p.name for p in store.blobs.root.rglob("*") if p.is_file()] == [sha]
+
+
 def test_unreferenced_blobs_harm_nobody(store):
     """C-6: what a loser stored is unreferenced and does not show in the history."""
     publish(store)

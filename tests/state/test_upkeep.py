@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jsonpatch
 import pytest
+from publisher import full_state
 
 from wg_core import World
 from wg_core.errors import CheckpointError, ConfigError, CorruptSnapshotError, SnapshotConflictError
 from wg_core.levels.transfer import export_world, import_world
-from wg_core.state.store import SnapshotStore
+from wg_core.state.content import WorldContent, apply
+from wg_core.state.store import Snapshot, SnapshotStore
 from wg_core.state.upkeep import read_pruned
 
 
@@ -122,6 +124,30 @@ def test_max_snapshots_keeps_the_last_and_parents_of_forks(tmp_path: Path) -> No
     assert any("pruned.json" in problem for problem in world.verify())
     with pytest.raises(ConfigError, match="at least 1"):
         world.gc(max_snapshots=0)
+
+
+def test_a_thinned_history_keeps_no_record_as_it_was_before(tmp_path: Path) -> None:
+    """03 C-1, C-7: the chain of a content names old forms of its records; only the steps that are kept hold them."""
+    store = SnapshotStore(tmp_path)
+    content, parent, forms = WorldContent.from_seed({"characters": ["mara", "ben"]}), None, []
+    epoch = store.acquire("w", "test")
+    for step in range(6):
+        change = {"op": "update", "kind": "entity", "id": "mara", "fields": {"n": step}}
+        state = full_state(store.blobs, step).put("outcome", {"narrative": f"event {step}", "changes": [change]})
+        content = apply(content, state, step=step, made_by="test")
+        root = content.save(store.blobs)
+        snapshot = Snapshot(world_id="w", step=step, parent=parent, content=root)
+        parent = store.publish(snapshot, epoch=epoch).id
+        forms.append(dict(WorldContent.load(store.blobs, root).parts())["entity:mara"].hash())
+    store.release("w", "test", epoch)
+    assert len(set(forms)) == 6 and store.gc(grace_s=0).blobs == 1  # the seed's Mara
+    store.gc("w", max_snapshots=2, grace_s=0)
+    assert [store.blobs.has(sha) for sha in forms] == [False] * 4 + [True] * 2
+    assert store.verify("w") == []
+    assert [store.content(s).get("entity", "mara")["fields"]["n"] for s in store.history("w")] == [4, 5]  # type: ignore[index]
+    assert [e["narrative"] for e in store.content(store.history("w")[0]).chronicle()] == [f"event {n}" for n in range(5)]
+    store.blobs.forget(forms[4])
+    assert len(problems := store.verify("w")) == 1 and "step 4: content: entity:mara" in problems[0]
 
 
 def test_a_swapped_step_after_a_removed_one_is_found(tmp_path: Path) -> None:

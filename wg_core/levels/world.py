@@ -798,7 +798,8 @@ class World(Written):
                 _log.warning("world %r step %d: %s", self.world_id, flow.step, reason)
         else:
             after = apply(self.content(flow.content), state, step=flow.step, made_by=f"{self.world_id}/world_update")
-            update = {"content": after.save(self.store.blobs), "applied": flow.state}
+            self._reading = (after.save(self.store.blobs), after)
+            update = {"content": self._reading[0], "applied": flow.state}
         record = StageRecord(
             role="world_update",
             ran=not reason,

@@ -9,11 +9,12 @@ from pathlib import Path
 from wg_core.errors import ConfigError, CorruptSnapshotError
 from wg_core.execution.blobs import BlobStore, MemoryBlobs
 from wg_core.state.canonical import is_sha256, sha256_bytes
-from wg_core.state.files import sync_folder, write_file
+from wg_core.state.files import sync_folder, write_file, write_while
 
 __all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "OverBlobs"]
 
 FRESH_S = 600.0
+LARGE = 1 << 20
 
 
 class FileBlobs:
@@ -40,22 +41,35 @@ class FileBlobs:
 
     def put(self, data: bytes) -> str:
         """Store `data` durably and return its sha256; bytes that are stored already are not written again."""
-        sha = sha256_bytes(data)
+        sha = ""
+
+        def find() -> Path | None:
+            nonlocal sha
+            sha = sha256_bytes(data)
+            return None if self._stored(sha, len(data)) else self.path(sha)
+
+        if len(data) >= LARGE:
+            write_while(self.root, data, find)
+        elif path := find():
+            write_file(path, data)
+        self._durable.add(sha)
+        return sha
+
+    def _stored(self, sha: str, size: int) -> bool:
+        """Whether the bytes are stored, durably and spared by `gc` from now on."""
         path = self.path(sha)
         try:
             stat = path.stat()
-            stored = stat.st_size == len(data)
-            if stored and time.time() - stat.st_mtime > FRESH_S:
-                os.utime(path)  # in use again: `gc` spares what is young
         except FileNotFoundError:
-            stored = False
-        if not stored:
-            write_file(path, data)
-        elif sha not in self._durable:  # named by another process, which may not have flushed the folders yet
+            return False
+        if stat.st_size != size:
+            return False
+        if time.time() - stat.st_mtime > FRESH_S:
+            os.utime(path)  # in use again: `gc` spares what is young
+        if sha not in self._durable:  # named by another process, which may not have flushed the folders yet
             for folder in (path.parent, path.parent.parent, self.root):
                 sync_folder(folder)
-        self._durable.add(sha)
-        return sha
+        return True
 
     def get(self, sha: str) -> bytes:
         """The bytes of `sha`. Raises: CorruptSnapshotError if they are absent or have another hash."""

@@ -4,56 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, cast
 
-from wg_core.errors import ConfigError, CorruptSnapshotError, SnapshotConflictError, did_you_mean
+from wg_core.errors import ConfigError, SnapshotConflictError, did_you_mean
 from wg_core.execution.blobs import BlobStore
-from wg_core.state.canonical import canonical_bytes, is_sha256, plain
-from wg_core.state.part import Part, read_json
+from wg_core.state.canonical import canonical_bytes, plain
+from wg_core.state.chain import ARTIFACT, KINDS, Link, Numbers, Records
+from wg_core.state.part import Part
 from wg_core.state.state import State
 from wg_core.state.view import WorldView
 
-__all__ = ["KINDS", "SEGMENT", "WorldContent", "WorldView", "apply"]
+__all__ = ["KINDS", "WorldContent", "WorldView", "apply"]
 
-KINDS = ("entity", "place", "term", "rule")
-SEGMENT = 256
 MAX_RECORD_BYTES = 256 * 1024
-_SCHEMA_VERSION = "1.0"
 _TEXTS = ("description", "style", "story")
 _LISTS = ("media", "links")
 _SEED_KINDS = {"characters": "entity", "places": "place", "glossary": "term", "rules": "rule"}
-_ROOT_KEYS = ("texts", "lists", "kinds", "artifacts", "chronicle")
 
 
-@dataclass(frozen=True)
-class _Segment:
-    part: Part
-    count: int
-    first_step: int
-    last_step: int
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        entries = self.part.record("entries")["entries"]
-        if not isinstance(entries, list) or len(cast("list[Any]", entries)) != self.count:
-            raise CorruptSnapshotError("a chronicle segment holds another number of entries than its root says")
-        return cast("list[dict[str, Any]]", entries)
+def _no_records() -> dict[str, dict[str, Part]]:
+    return {kind: {} for kind in (*KINDS, ARTIFACT)}
 
 
-def _no_kinds() -> dict[str, dict[str, Part]]:
-    return {kind: {} for kind in KINDS}
-
-
-def _no_texts() -> Part:
-    return Part(dict.fromkeys(_TEXTS, ""), what="content texts")
-
-
-def _no_lists() -> Part:
-    return Part({name: [] for name in _LISTS}, what="content lists")
-
-
-@dataclass(frozen=True, eq=False)
 class WorldContent:
     """Entities, places, terms, rules, artifacts, texts and the chronicle; immutable, changed only by `apply`.
 
@@ -61,12 +34,29 @@ class WorldContent:
     `{step, made_by}`. Records are read from their store when first asked for; all readers give copies.
     """
 
-    _texts: Part = field(default_factory=_no_texts)
-    _lists: Part = field(default_factory=_no_lists)
-    _kinds: Mapping[str, Mapping[str, Part]] = field(default_factory=_no_kinds)
-    _artifacts: Mapping[str, Part] = field(default_factory=dict[str, Part])
-    _segments: tuple[_Segment, ...] = ()
-    _saved: list[tuple[BlobStore, str]] = field(default_factory=list["tuple[BlobStore, str]"], init=False, repr=False)
+    __slots__ = ("_found", "_link")
+
+    def __init__(self, link: Link | None = None, found: tuple[Records, Numbers] | None = None) -> None:
+        if link is None:
+            texts = Part(dict.fromkeys(_TEXTS, ""), what="content texts")
+            link = Link.first(texts, Part({name: [] for name in _LISTS}, what="content lists"), _no_records())
+        self._link = link
+        self._found = found
+
+    def __repr__(self) -> str:
+        return f"<WorldContent of {self._link.count} records and {self._link.length} events>"
+
+    @property
+    def _records(self) -> Records:
+        if self._found is None:
+            self._found = self._link.records()
+        return self._found[0]
+
+    @property
+    def _numbers(self) -> Numbers:
+        if self._found is None:
+            self._found = self._link.records()
+        return self._found[1]
 
     # ---- from and to ---------------------------------------------------------------------------------------------
 
@@ -85,92 +75,53 @@ class WorldContent:
                 raise ConfigError(f"content.{key}: there is no such field; {did_you_mean(key, known)}")
         texts = {name: _seed_text(data.get(name), f"content.{name}") for name in _TEXTS}
         lists = {name: _seed_list(data.get(name), f"content.{name}") for name in _LISTS}
-        kinds = _no_kinds()
+        records = _no_records()
         for name, kind in _SEED_KINDS.items():
-            kinds[kind] = _seed_records(data.get(name), kind, f"content.{name}")
-        return cls(Part(texts, what="content texts"), Part(lists, what="content lists"), kinds)
+            records[kind] = _seed_records(data.get(name), kind, f"content.{name}")
+        return cls(Link.first(Part(texts, what="content texts"), Part(lists, what="content lists"), records))
 
     def save(self, blobs: BlobStore) -> str:
-        """Store what `blobs` does not hold yet and give the hash of the root list; unchanged content is not looked at."""
-        for store, sha in self._saved:
-            if store == blobs and blobs.has(sha):
-                return sha
-        root = {
-            "schema_version": _SCHEMA_VERSION,
-            "texts": self._texts.save(blobs),
-            "lists": self._lists.save(blobs),
-            "kinds": {kind: [[i, part.save(blobs)] for i, part in self._kinds[kind].items()] for kind in KINDS},
-            "artifacts": [[i, part.save(blobs)] for i, part in self._artifacts.items()],
-            "chronicle": [[s.part.save(blobs), s.count, s.first_step, s.last_step] for s in self._segments],
-        }
-        sha = blobs.put(canonical_bytes(root))
-        self._saved[:] = [(blobs, sha)]
-        return sha
+        """Store what `blobs` does not hold yet and give the root hash; unchanged content is not looked at."""
+        return self._link.save(blobs)
 
     @classmethod
     def load(cls, blobs: BlobStore, root: str) -> WorldContent:
-        """The content under a root hash; parts are read when first used, `check` reads all.
+        """The content under a root hash; parts are read when they are first used.
 
-        Raises: CorruptSnapshotError.
+        Raises: CorruptSnapshotError, ConfigError for one that a newer version of this package wrote.
         """
-        data = read_json(blobs, root, "content root")
-        try:
-            if data["schema_version"] != _SCHEMA_VERSION:
-                raise ConfigError(f"content {root} has schema version {data['schema_version']!r}; 1.0 is needed")
-
-            def part(sha: Any, what: str) -> Part:
-                if not is_sha256(sha):
-                    raise ValueError(f"{sha!r} is no hash")
-                return Part(what=what, sha=cast(str, sha), blobs=blobs)
-
-            texts, lists, kinds, artifacts, chronicle = (data[key] for key in _ROOT_KEYS)
-            return cls(
-                part(texts, "content texts"),
-                part(lists, "content lists"),
-                {kind: {str(i): part(sha, f"{kind} record") for i, sha in kinds[kind]} for kind in KINDS},
-                {str(i): part(sha, "artifact record") for i, sha in artifacts},
-                tuple(_Segment(part(s, "chronicle segment"), int(n), int(a), int(b)) for s, n, a, b in chronicle),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise CorruptSnapshotError(f"blob {root} is no content root: {error}") from None
+        return cls(Link.load(blobs, root))
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Every stored part with a name for messages."""
-        yield "texts", self._texts
-        yield "lists", self._lists
-        for kind in KINDS:
-            yield from ((f"{kind}:{i}", part) for i, part in self._kinds[kind].items())
-        yield from ((f"artifact:{i}", part) for i, part in self._artifacts.items())
-        yield from ((f"chronicle[{i}]", segment.part) for i, segment in enumerate(self._segments))
+        return self._link.parts()
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
     @property
     def description(self) -> str:
         """What kind of world this is."""
-        return str(self._texts.record(*_TEXTS)["description"])
+        return str(self._link.texts.record(*_TEXTS)["description"])
 
     @property
     def style(self) -> str:
         """How the world is told."""
-        return str(self._texts.record(*_TEXTS)["style"])
+        return str(self._link.texts.record(*_TEXTS)["style"])
 
     @property
     def story(self) -> str:
         """What happened before the first step."""
-        return str(self._texts.record(*_TEXTS)["story"])
+        return str(self._link.texts.record(*_TEXTS)["story"])
 
     @property
     def media(self) -> list[Any]:
         """Media of the world file."""
-        return plain(self._lists.record(*_LISTS)["media"], "media")
+        return plain(self._link.lists.record(*_LISTS)["media"], "media")
 
     @property
     def links(self) -> list[Any]:
         """Links to other worlds and things."""
-        return plain(self._lists.record(*_LISTS)["links"], "links")
+        return plain(self._link.lists.record(*_LISTS)["links"], "links")
 
     @property
     def rules(self) -> list[str]:
@@ -195,29 +146,22 @@ class WorldContent:
     @property
     def artifact_ids(self) -> list[str]:
         """The ids of all registered artifacts, oldest first."""
-        return list(self._artifacts)
+        return list(self._records[ARTIFACT])
 
     def artifact(self, id: str) -> dict[str, Any] | None:
         """`{artifact, step, made_by, descriptions: [{step, text, facts}]}` of a registered artifact, else None."""
-        part = self._artifacts.get(id)
+        part = self._records[ARTIFACT].get(id)
         return plain(part.value, id) if part is not None else None
 
     @property
     def chronicle_length(self) -> int:
         """How many entries the chronicle has."""
-        return sum(segment.count for segment in self._segments)
+        return self._link.length
 
     def chronicle(self, start: int = 0, stop: int | None = None) -> list[dict[str, Any]]:
         """Entries `start` to `stop` (not included), oldest first; negative numbers count from the end."""
-        total = self.chronicle_length
-        start, stop, _ = slice(start, stop).indices(total)
-        found: list[dict[str, Any]] = []
-        base = 0
-        for segment in self._segments:
-            if base < stop and base + segment.count > start:
-                found += segment.entries[max(start - base, 0) : stop - base]
-            base += segment.count
-        return plain(found, "chronicle")
+        start, stop, _ = slice(start, stop).indices(self.chronicle_length)
+        return plain(self._link.entries(start, stop), "chronicle")
 
     def why(self, kind: str, id: str, name: str | None = None) -> dict[str, Any] | None:
         """Which step and maker a record, or one field of it, comes from: `{step, made_by}`; None if unknown."""
@@ -229,12 +173,7 @@ class WorldContent:
 
     def applied(self, state_hash: str, step: int) -> bool:
         """Whether this state was applied at this step already."""
-        return any(
-            entry["step"] == step and entry["state_hash"] == state_hash
-            for segment in self._segments
-            if segment.first_step <= step <= segment.last_step
-            for entry in segment.entries
-        )
+        return self._link.applied(state_hash, step)
 
     def view(self, *, linked: Mapping[str, WorldContent] | None = None) -> WorldView:
         """A read-only view for pipelines; `linked` are other worlds' contents that may be quoted, by world id."""
@@ -243,16 +182,16 @@ class WorldContent:
     def _kind(self, kind: str) -> Mapping[str, Part]:
         if kind not in KINDS:
             raise ConfigError(f"no kind {kind!r} in a content; {did_you_mean(kind, KINDS)}")
-        return self._kinds[kind]
+        return self._records[kind]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as one JSON document: texts, lists, records by kind and id, artifacts, the chronicle; a copy."""
         value = {
-            **self._texts.value,
-            **self._lists.value,
-            **{kind: {i: part.value for i, part in self._kinds[kind].items()} for kind in KINDS},
-            "artifacts": {i: part.value for i, part in self._artifacts.items()},
-            "chronicle": [entry for segment in self._segments for entry in segment.entries],
+            **self._link.texts.value,
+            **self._link.lists.value,
+            **{kind: {i: part.value for i, part in self._records[kind].items()} for kind in KINDS},
+            "artifacts": {i: part.value for i, part in self._records[ARTIFACT].items()},
+            "chronicle": self._link.entries(0, self._link.length),
         }
         return plain(value, "content")
 
@@ -261,8 +200,8 @@ class WorldContent:
     def diff(self, other: WorldContent) -> dict[str, Any]:
         """What `other` has more (`added`), less (`removed`) or otherwise (`changed`), by kind."""
         result: dict[str, Any] = {}
-        pairs = [(kind, self._kinds[kind], other._kinds[kind]) for kind in KINDS]
-        for kind, mine, theirs in (*pairs, ("artifact", self._artifacts, other._artifacts)):
+        pairs = [(kind, self._records[kind], other._records[kind]) for kind in KINDS]
+        for kind, mine, theirs in (*pairs, ("artifact", self._records[ARTIFACT], other._records[ARTIFACT])):
             found = {
                 "added": [i for i in theirs if i not in mine],
                 "removed": [i for i in mine if i not in theirs],
@@ -270,7 +209,7 @@ class WorldContent:
             }
             if any(found.values()):
                 result[kind] = {name: ids for name, ids in found.items() if ids}
-        for name, mine, theirs in (("texts", self._texts, other._texts), ("lists", self._lists, other._lists)):
+        for name, mine, theirs in (("texts", self._link.texts, other._link.texts), ("lists", self._link.lists, other._link.lists)):
             changed = [key for key in mine.value if mine.value[key] != theirs.value.get(key)]
             if changed:
                 result[name] = {"changed": changed}
@@ -296,23 +235,28 @@ def apply(content: WorldContent, state: State, *, step: int, made_by: str) -> Wo
         raise SnapshotConflictError(f"state {state_hash} was applied at step {step} already; a state becomes true once")
     by = {"step": step, "made_by": made_by}
     outcome = state.get("outcome")
-    kinds = {kind: dict(parts) for kind, parts in content._kinds.items()}
+    records = {kind: dict(parts) for kind, parts in content._records.items()}
+    changed: dict[tuple[str, str], None] = {}
     accepted: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     for change in outcome["changes"]:
-        record, reason = _changed(kinds[change["kind"]].get(change["id"]), change, by)
+        kind, id = change["kind"], change["id"]
+        record, reason = _changed(records[kind].get(id), change, by)
         if record is None:
             refused.append({"change": change, "reason": reason})
         else:
-            kinds[change["kind"]][change["id"]] = Part(record, what=f"{change['kind']} record")
+            records[kind][id] = Part(record, what=f"{kind} record")
+            changed[kind, id] = None
             accepted.append(change)
     made = list(state.artifacts())
     described = state.get("descriptions")["items"]
-    artifacts = dict(content._artifacts)
+    artifacts = records[ARTIFACT]
     for artifact in made:
         id = artifact["id"]
-        items = [item for item in described if item["artifact_id"] == id]
-        artifacts[id] = _registered(artifacts.get(id), artifact, items, by)
+        old = artifacts.get(id)
+        artifacts[id] = _registered(old, artifact, [item for item in described if item["artifact_id"] == id], by)
+        if artifacts[id] is not old:
+            changed[ARTIFACT, id] = None
     entry = {
         **by,
         "narrative": outcome["narrative"],
@@ -322,7 +266,9 @@ def apply(content: WorldContent, state: State, *, step: int, made_by: str) -> Wo
         "artifacts": list(dict.fromkeys(artifact["id"] for artifact in made)),
         "state_hash": state_hash,
     }
-    return replace(content, _kinds=kinds, _artifacts=artifacts, _segments=_appended(content._segments, entry))
+    new = [key for key in changed if key not in content._numbers]
+    numbers = content._numbers | dict(zip(new, count(len(content._numbers)), strict=False)) if new else content._numbers
+    return WorldContent(content._link.after(entry, changed, records, numbers), (records, numbers))
 
 
 def _changed(
@@ -374,16 +320,6 @@ def _registered(
     seen = [(d["text"], d["facts"]) for d in record["descriptions"]]
     fresh = [d for d in new if (d["text"], d["facts"]) not in seen]
     return Part({**record, "descriptions": [*record["descriptions"], *fresh]}, what="artifact record") if fresh else old
-
-
-def _appended(segments: tuple[_Segment, ...], entry: dict[str, Any]) -> tuple[_Segment, ...]:
-    step = entry["step"]
-    last = segments[-1] if segments and segments[-1].count < SEGMENT else None
-    entries = [*last.entries, entry] if last else [entry]
-    part = Part({"entries": entries}, what="chronicle segment")
-    first = min(last.first_step, step) if last else step
-    final = max(last.last_step, step) if last else step
-    return (*(segments[:-1] if last else segments), _Segment(part, len(entries), first, final))
 
 
 # ---- seeds -----------------------------------------------------------------------------------------------------------

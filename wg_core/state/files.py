@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TEMP_PREFIX = ".tmp-"
+CHUNK = 1 << 20
 
 
 def sync_folder(folder: Path) -> None:
@@ -36,7 +40,7 @@ def write_file(path: Path, data: bytes, *, exclusive: bool = False) -> None:
     Raises: FileExistsError if `exclusive` and `path` exists.
     """
     make_folder(path.parent)
-    temp = path.parent / f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
+    temp = _temp(path.parent)
     try:
         with open(temp, "xb") as file:
             file.write(data)
@@ -49,3 +53,45 @@ def write_file(path: Path, data: bytes, *, exclusive: bool = False) -> None:
     finally:
         temp.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_while(folder: Path, data: bytes, find: Callable[[], Path | None]) -> None:
+    """Write `data` below `folder` while `find` still looks for its name, as `write_file` would; None: it is not wanted.
+
+    The disk and the processor work at the same time, which counts for what is large.
+    """
+    make_folder(folder)
+    temp = _temp(folder)
+    unwanted = threading.Event()
+
+    def write() -> None:
+        with open(temp, "xb") as file:
+            for at in range(0, len(data), CHUNK):
+                if unwanted.is_set():
+                    return
+                file.write(memoryview(data)[at : at + CHUNK])
+            file.flush()
+            if not unwanted.is_set():
+                os.fsync(file.fileno())
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write)
+            path = None
+            try:
+                path = find()
+                if path is not None:
+                    make_folder(path.parent)
+            finally:
+                if path is None:
+                    unwanted.set()
+            writing.result()
+        if path is not None:
+            os.replace(temp, path)
+            sync_folder(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _temp(folder: Path) -> Path:
+    return folder / f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"

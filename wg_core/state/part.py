@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from wg_core.errors import CorruptSnapshotError
 from wg_core.execution.blobs import BlobStore
-from wg_core.state.canonical import canonical_bytes, parse_json
+from wg_core.state.canonical import canonical_bytes, parse_json, sha256_json
 
 
 def read_json(blobs: BlobStore, sha: str, what: str) -> Any:
@@ -48,9 +48,29 @@ class Part:
             raise CorruptSnapshotError(f"blob {self._sha} is no {self._what}; restore it from a copy of the store")
         return cast("dict[str, Any]", value)
 
-    def save(self, blobs: BlobStore) -> str:
-        """Store the value unless `blobs` has taken or given it already; gives its hash."""
-        if self._sha is None or self._blobs != blobs:
+    @property
+    def source(self) -> BlobStore:
+        """The store that the value was read from or last stored in."""
+        return cast(BlobStore, self._blobs)
+
+    @property
+    def stored(self) -> bool:
+        """Whether any store holds the value."""
+        return self._blobs is not None
+
+    def kept_in(self, blobs: BlobStore) -> bool:
+        """Whether `blobs` is the store that gave or took the value last."""
+        return self._blobs is not None and self._blobs == blobs
+
+    def hash(self) -> str:
+        """The hash under which the value is stored, or would be."""
+        if self._sha is None:
+            self._sha = sha256_json(self.value)
+        return self._sha
+
+    def save(self, blobs: BlobStore, *, sure: bool = False) -> str:
+        """Store the value unless `blobs` has taken or given it already (and, if `sure`, still has it); gives its hash."""
+        if self._sha is None or self._blobs != blobs or (sure and not blobs.has(self._sha)):
             self._sha = blobs.put(canonical_bytes(self.value))
             self._blobs = blobs
         return self._sha

@@ -11,6 +11,7 @@ from wg_core.errors import ConfigError, CorruptSnapshotError, SnapshotConflictEr
 from wg_core.state import lease as leases
 from wg_core.state.blobs import FileBlobs
 from wg_core.state.canonical import canonical_bytes, is_sha256, parse_json, sha256_json
+from wg_core.state.chain import needed
 from wg_core.state.content import WorldContent
 from wg_core.state.files import TEMP_PREFIX, sync_folder, write_file
 from wg_core.state.lease import DEFAULT_TTL_S, Lease
@@ -249,10 +250,10 @@ class SnapshotStore:
             for role, sha in sorted(snapshot.calls().items()):
                 fault = _first_fault(sha, lambda sha=sha: read_json(self.blobs, sha, "record of calls"), checked)
                 faults += [f"calls of {role}: {fault}"] if fault else []
-            for root in (snapshot.content, snapshot.content_seed):
+            for root in (snapshot.content_seed, snapshot.content):
                 if root is not None and root not in roots:
+                    faults += self._content_problems(root, roots, checked)
                     roots.add(root)
-                    faults += self._content_problems(root, checked)
             problems += [f"step {step}: {fault}" for fault in faults]
         try:
             self.lease(world_id)
@@ -268,24 +269,20 @@ class SnapshotStore:
                 faults.append(f"artifact: {checked[id]}")
         return faults
 
-    def _content_problems(self, root: str, checked: dict[str, str | None]) -> list[str]:
-        try:
-            content = WorldContent.load(self.blobs, root)
-        except WGError as error:
-            return [f"content: {error}"]
+    def _content_problems(self, root: str, roots: set[str], checked: dict[str, str | None]) -> list[str]:
         faults: list[str] = []
-        for name, part in content.parts():
-            sha = cast(str, part.sha)
-            if sha in checked:
-                continue
-            made = name.startswith("artifact:")
-            fault = _first_fault(
-                sha, lambda part=part, made=made: part.record("artifact") if made else part.value, checked
-            )
-            if fault:
-                faults.append(f"content: {name}: {fault}")
-            elif made:
-                faults += self._artifact_problems([part.value["artifact"]], checked)
+        try:
+            for name, part in needed(self.blobs, root, roots):
+                made = name.startswith("artifact:")
+                fault = _first_fault(
+                    part.hash(), lambda part=part, made=made: part.record("artifact") if made else part.value, checked
+                )
+                if fault:
+                    faults.append(f"content: {name}: {fault}")
+                elif made and checked[part.hash()] is None:
+                    faults += self._artifact_problems([part.value["artifact"]], checked)
+        except WGError as error:
+            faults.append(f"content: {error}")
         return faults
 
     # ---- comparing and upkeep ----------------------------------------------------------------------------------------

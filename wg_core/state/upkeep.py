@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from wg_core.errors import ConfigError, CorruptSnapshotError
 from wg_core.state import lease as leases
 from wg_core.state.canonical import canonical_bytes, parse_json, sha256_json
+from wg_core.state.chain import entry_of, is_link, needed
 from wg_core.state.files import TEMP_PREFIX, sync_folder, write_file
 
 if TYPE_CHECKING:
@@ -38,21 +39,39 @@ class Removed:
 def reachable(blobs: FileBlobs, documents: Iterable[bytes]) -> set[str]:
     """The blobs that JSON documents name, and those that these name, and so on: every sha256 that is stored counts.
 
+    Of a content that is named, what it holds now counts, and its chronicle; not the records as they were before.
     Raises: CorruptSnapshotError for a blob whose bytes were altered.
     """
     found: set[str] = set()
-    waiting = list(documents)
-    while waiting:
-        for match in _HASH.findall(waiting.pop()):
-            sha = match.decode()
+    contents: list[str] = []
+
+    def follow(waiting: list[str]) -> None:
+        while waiting:
+            sha = waiting.pop()
             if sha in found or not blobs.has(sha):
                 continue
             found.add(sha)
             with open(blobs.path(sha), "rb") as file:
                 is_json = file.read(1) in (b"{", b"[")
-            if is_json:
-                waiting.append(blobs.get(sha))
+            data = blobs.get(sha) if is_json else b""
+            if is_link(data):
+                contents.append(sha)
+            else:
+                waiting += _named(data)
+
+    follow([sha for document in documents for sha in _named(document)])
+    known = set(contents)
+    for root in contents:
+        for _, part in needed(blobs, root, known):
+            entry = entry_of(part)
+            if entry is not None:  # a link: what it says of records that changed since is history
+                found.add(part.hash())
+            follow([part.hash()] if entry is None else _named(canonical_bytes(entry)))
     return found
+
+
+def _named(document: bytes) -> list[str]:
+    return [match.decode() for match in _HASH.findall(document)]
 
 
 def read_pruned(folder: Path) -> dict[int, str]:
@@ -135,7 +154,7 @@ def _prune(store: SnapshotStore, world_id: str, steps: list[int]) -> None:
 
 
 def _sweep(blobs: FileBlobs, used: set[str], removed: Removed, before: float, dry_run: bool) -> None:
-    for path in sorted(blobs.root.glob("*/*/*")):
+    for path in sorted([*blobs.root.glob("*/*/*"), *blobs.root.glob(f"{TEMP_PREFIX}*")]):
         if path.name in used:
             removed.kept_blobs += 1
             continue
