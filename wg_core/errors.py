@@ -125,6 +125,14 @@ class AdapterError(WGError, ValueError):
     """A weight adapter cannot be attached to its target."""
 
 
+class NothingTrainableError(WGError, ValueError):
+    """A training has nothing to learn: no parameter was chosen, or the loss depends on none."""
+
+
+class NotFiniteError(WGError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite; names step and parameter."""
+
+
 class ToolError(WGError, ValueError):
     """A tool cannot be offered or called as asked."""
 

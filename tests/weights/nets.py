@@ -156,3 +156,21 @@ def shaken(block: Any) -> Any:
             if isinstance(b, Memory):
                 b.count, b.notes = 7, ["a", "ü"]
     return block
+
+
+class Reads(Block):
+    """A row of numbers out of a text."""
+
+    ports = (Port("x", "in", "text"), Port("y", "out", "tensor"))
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"y": torch.tensor([[float(word) for word in inputs["x"].split()]])}
+
+
+class Tells(Block):
+    """A tensor as text."""
+
+    ports = (Port("x", "in", "tensor"), Port("y", "out", "text"))
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"y": f"sum {float(inputs['x'].detach().sum()):.3f}"}

@@ -180,6 +180,7 @@ def fill_level(
             loop.num_steps,
             loop.until.model_dump() if loop.until else None,
             tuple(loop.order) if loop.order else None,
+            loop.grad_steps,
         )
         for loop in getattr(entry, "loops", ())
     )
@@ -240,6 +241,7 @@ def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> di
             "num_steps": spec.num_steps,
             "until": dict(spec.until) if spec.until else None,
             "order": list(spec.order or ()) or None,
+            "grad_steps": spec.grad_steps,
         }
         return {"loop_id": spec.loop_id, **{k: v for k, v in values.items() if v is not None}}
 

@@ -60,12 +60,13 @@ class Until(Strict):
 
 
 class LoopEntry(Strict):
-    """Settings of one cycle."""
+    """Settings of one cycle; with `grad_steps` gradients flow back through the last so many iterations only."""
 
     loop_id: Id
     num_steps: int | None = Field(default=None, ge=1)
     until: Until | None = None
     order: list[Id] | None = None
+    grad_steps: int | None = Field(default=None, ge=1)
 
 
 class NodeEntry(Strict):
@@ -318,6 +319,12 @@ class StageEntry(Placed):
         return self
 
 
+class WorldStageEntry(StageEntry):
+    """A stage at its place in a world."""
+
+    trainable: bool = True
+
+
 class ModelEntry(Strict):
     """A model that stages name as `model: NAME`."""
 
@@ -353,7 +360,7 @@ class ExecutionEntry(Strict):
 
     cycle: Literal["canonical"] | list[Id] = "canonical"
     models: dict[Id, ModelEntry] = {}
-    stages: dict[Id, StageEntry]
+    stages: dict[Id, WorldStageEntry]
     state_schema: dict[str, dict[str, Json]] = {}
     storage: StorageEntry = StorageEntry()
     seed: int | None = None
@@ -361,7 +368,7 @@ class ExecutionEntry(Strict):
 
     @field_validator("stages")
     @classmethod
-    def _known_stages(cls, stages: dict[str, StageEntry], info: ValidationInfo) -> dict[str, StageEntry]:
+    def _known_stages(cls, stages: dict[str, WorldStageEntry], info: ValidationInfo) -> dict[str, WorldStageEntry]:
         canonical = [role for role in CANONICAL if role != UPDATE]
         for name in stages:
             if name == UPDATE:

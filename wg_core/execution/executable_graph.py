@@ -29,6 +29,7 @@ from wg_core.execution.drive import (
 )
 from wg_core.execution.hyper import ORIGIN, Lowered, hyperedges_below, links_below, lower
 from wg_core.execution.plan import LOOP_PORTS, Call, Loop, LoopStart, Placeholder, Plan, compile_plan, copy_defaults
+from wg_core.execution.tensors import map_tensors
 from wg_core.execution.validate import ValidationResult, validate_structure
 from wg_core.execution.walk import walk
 from wg_core.structure.hyperlink import HyperEdge, HyperLink, Resolvers
@@ -93,12 +94,17 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True)
 class LoopSpec:
-    """What is set about one cycle: its id, steps, order inside an iteration, and when to stop early."""
+    """What is set about one cycle: its id, steps, order inside an iteration, and when to stop early.
+
+    With `grad_steps` gradients flow back through the last so many iterations only. In training, memory holds what was
+    computed in each iteration that gradients flow through.
+    """
 
     loop_id: str
     num_steps: int | None = None
     until: Mapping[str, str] | None = None
     order: tuple[str, ...] | None = None
+    grad_steps: int | None = None
 
     def names(self, nodes: Mapping[str, Any]) -> set[str]:
         """The nodes by which these settings find their cycle; none where a lone cycle is meant."""
@@ -278,7 +284,7 @@ class ExecutableGraph(Generic[Child]):
             LoopSpec(
                 moved(s.loop_id), s.num_steps,
                 {**s.until, "node": moved(s.until["node"])} if s.until else None,
-                tuple(map(moved, s.order)) if s.order else None,
+                tuple(map(moved, s.order)) if s.order else None, s.grad_steps,
             )
             for s in self.loops
         )  # fmt: skip
@@ -756,15 +762,18 @@ class ExecutableGraph(Generic[Child]):
         parent = FRAME.get() if not options else None
         chosen = self._chosen(options) if parent is None else options_for(parent.options, parent.node_id)
         plain = parent is not None or chosen.dry_run
-        modes = nullcontext() if plain else _modes(self, self.plan(), chosen.training)
+        modes = nullcontext() if plain else self._modes(chosen)
         return self._session(inputs or {}, chosen, parent), modes, chosen
 
     def _execute(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> dict[str, Any]:
         session = self._session(inputs, options, parent)
         if parent is not None or options.dry_run:
             return drive(self, session, options.dry_run)
-        with _modes(self, self.plan(), options.training):
+        with self._modes(options):
             return drive(self, session, False)
+
+    def _modes(self, options: RunOptions) -> AbstractContextManager[None]:
+        return modes(self.plan().blocks, _trained_blocks(self) if options.training else None)
 
     def _session(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> Session:
         """The walk with all around it, for a driver: yields `(call, inputs)`, is sent outputs, gives the result.
@@ -776,7 +785,7 @@ class ExecutableGraph(Generic[Child]):
         root = parent is None and not options.dry_run
         if root and options.device is not None:
             self.to(options.device)
-            values = _moved(values, options.device)
+            values = map_tensors(values, lambda tensor: tensor.to(options.device))
         frame = Frame(self.level, self.id, options, parent, tuple(self.hooks))
         around = FRAME.get()
         FRAME.set(frame)
@@ -883,20 +892,6 @@ def _renamed(hyperedge: HyperEdge, old: str, new: str) -> HyperEdge:
     return hyperedge.model_copy(update={"members": members})
 
 
-def _moved(value: Any, device: Any) -> Any:
-    """`value` with all tensors in it, also in lists, tuples and dicts, on `device`."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if type(value) is dict:
-        return {k: _moved(v, device) for k, v in cast("dict[Any, Any]", value).items()}
-    if type(value) in (list, tuple):
-        return type(value)(_moved(v, device) for v in value)
-    return value
-
-
 class _Modes:
     """Blocks in the right mode and gradients on or off for the time of a run; everything as before afterwards."""
 
@@ -917,14 +912,12 @@ class _Modes:
             block.mode_changed()
 
 
-def _modes(graph: ExecutableGraph[Any], plan: Plan, training: bool) -> AbstractContextManager[None]:
-    if training:
-        trained = {id(b) for b in _trained_blocks(graph)}
-        changed = [(b, id(b) in trained) for b in plan.blocks if b.training is not (id(b) in trained)]
-    else:
-        changed = [(b, False) for b in plan.blocks if b.training]
+def modes(blocks: Iterable[Block], trained: Iterable[Block] | None) -> AbstractContextManager[None]:
+    """`blocks` in the mode for a run, gradients on or off: in training those of `trained` learn, outside it is None."""
+    learn = {id(b) for b in trained or ()}
+    changed = [(b, id(b) in learn) for b in blocks if b.training is not (id(b) in learn)]
     torch = sys.modules.get("torch")
-    grad: AbstractContextManager[Any] = nullcontext() if torch is None or training else torch.no_grad()
+    grad: AbstractContextManager[Any] = nullcontext() if torch is None or trained is not None else torch.no_grad()
     if not changed and torch is None:
         return nullcontext()
     return cast(AbstractContextManager[None], _Modes(changed, grad))

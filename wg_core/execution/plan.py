@@ -59,6 +59,7 @@ class Loop:
     seed_reads: list[int] = field(default_factory=list[int])
     seed_free: list[int] = field(default_factory=list[int])
     until_slot: int | None = None
+    grad_steps: int | None = None
     start: int = 0
     free: list[int] = field(default_factory=list[int])
 
@@ -249,6 +250,7 @@ class _Compiler:
             iterations=graph.nodes[solver].child.iterations if solver else None,
             index_slot=self.slot(0),
             total_slot=self.slot(1),
+            grad_steps=spec.grad_steps if spec else None,
         )
         self.sure |= {loop.index_slot, loop.total_slot}
         inside = set(members)

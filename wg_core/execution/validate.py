@@ -244,6 +244,14 @@ class _Checks:
         steps: Any = spec.num_steps
         if steps is not None and (type(steps) is not int or steps < 1):
             yield self.error("LOOP_STEPS", f"loop {spec.loop_id!r}: num_steps is {steps!r}", "use a whole number >= 1")
+        depth: Any = spec.grad_steps
+        if depth is not None and (type(depth) is not int or depth < 1):
+            yield self.error("LOOP_STEPS", f"loop {spec.loop_id!r}: grad_steps is {depth!r}", "use a whole number >= 1")
+        elif depth is not None and spec.until is not None:
+            yield self.error(
+                "LOOP_STEPS", f"loop {spec.loop_id!r}: grad_steps counts from the last step, which until leaves open",
+                "leave out one of the two",
+            )  # fmt: skip
         if spec.until is not None:
             node, port = spec.until.get("node"), spec.until.get("port")
             if node not in inside or port not in self.ports[node].outputs:

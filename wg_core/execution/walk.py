@@ -19,6 +19,7 @@ from wg_core.errors import (
 from wg_core.execution.block import check_kinds, check_outputs
 from wg_core.execution.context import Frame, check_stop
 from wg_core.execution.plan import Call, LoopStart, Placeholder, Plan, steps_of
+from wg_core.execution.tensors import map_tensors
 from wg_core.structure.port import UNSET, kind_of
 
 Walk = Generator[tuple[Call, dict[str, Any]], dict[str, Any], None]
@@ -102,6 +103,9 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
             if iteration < total and not done:
                 for source, slot in loop.carries:  # a carry has a slot of its own, so their order does not matter
                     values[slot] = values[source]
+                if loop.grad_steps is not None and iteration <= total - loop.grad_steps:
+                    for _, slot in loop.carries:  # gradients end here: only the last iterations learn from each other
+                        values[slot] = map_tensors(values[slot], lambda tensor: tensor.detach())
                 values[loop.index_slot] = iteration
                 frame.iteration = iteration
                 pc = loop.start
@@ -169,7 +173,8 @@ def _has_nan(value: Any) -> bool:
     total = getattr(value, "sum", None)
     if total is None or not hasattr(value, "dtype"):
         return False
-    return not math.isfinite(float(abs(value).sum()))
+    plain = value.detach() if hasattr(value, "detach") else value
+    return not math.isfinite(float(abs(plain).sum()))
 
 
 def _failure(op: Call, inputs: Mapping[str, Any], frame: Frame, error: Exception, started: float) -> WGError:

@@ -1,4 +1,4 @@
-"""The doors of every level to state and training, written once."""
+"""The doors of every level to its state and its children, written once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from wg_core.execution.context import FRAME, Frame, RunOptions
 from wg_core.execution.drive import Held, held
 from wg_core.execution.executable_graph import Child, ExecutableGraph, Node
 from wg_core.levels.holders import hold
+from wg_core.levels.training import Trained
 from wg_core.levels.written import Written
 from wg_core.weights.lora import active
 from wg_core.weights.module import ModuleBlock, frozen_forward
@@ -23,7 +24,8 @@ from wg_core.weights.tree import sub_paths, unique
 if TYPE_CHECKING:
     from wg_core.levels.remote import Remote
 
-class Level(Written, ExecutableGraph[Child]):
+
+class Level(Written, ExecutableGraph[Child], Trained):
     """An executable graph that can be written down, loaded and trained."""
 
     def contract_hash(self) -> str:
@@ -166,39 +168,21 @@ class Level(Written, ExecutableGraph[Child]):
         take_over([(block, {k: state.get(f"{path}:{k}", v) for k, v in own.items()}) for path, block, own in owned if own])
         return LoadReport(missing, unexpected)
 
-    def set_trainable(self, path: str, trainable: bool = True, *, freeze_others: bool = False) -> None:
-        """Choose whether the node at `a/b/c` (or `a.b.c`) takes part in training.
+    # ---- training ----------------------------------------------------------------------------------------------------
 
-        Raises: NodeError for an unknown path.
-        """
-        first, _, rest = path.replace(".", "/").partition("/")
-        node = self.get_node(first)
-        if rest and not isinstance(node.child, Level):
-            raise NodeError(f"{self.id}/{first} is a block; there is no node {rest!r} below it")
-        if rest:
-            cast("Level[Any]", node.child).set_trainable(rest, trainable, freeze_others=freeze_others)
-        if freeze_others:
-            for other in self.nodes.values():
-                other.trainable = other is node
-        if not rest or trainable:
-            node.trainable = trainable
+    def places(self) -> Mapping[str, Node[Child]]:
+        return self.nodes
 
-    def trainable_parameters(self) -> list[Any]:
-        """Parameters of all trainable nodes below, each tensor once."""
-        return [parameter for _, parameter in self.named_trainable_parameters()]
+    def opened(self, node: Node[Child], options: RunOptions, parent: Frame | None) -> Frame:
+        frame = Frame(self.level, self.id, options, parent, tuple(self.hooks))
+        frame.node_id = node.node_id
+        return frame
 
-    def named_trainable_parameters(self) -> Iterator[tuple[str, Any]]:
-        """`(path:name, parameter)` of all trainable nodes below, each tensor once."""
-        seen: set[int] = set()
-        for node_id, node in self.nodes.items():
-            if not node.trainable:
-                continue
-            child = cast("Block | Level[Any]", node.child)
-            separator = "/" if isinstance(child, Level) else ":"
-            for name, parameter in child.named_trainable_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield f"{node_id}{separator}{name}", parameter
+    def adapters_on(self, node: Node[Child]) -> frozenset[int]:
+        return self._adapters_of(node.child)
+
+    def rehearse(self, inputs: Mapping[Any, Any], **options: Any) -> dict[str, Any]:
+        return self.run(inputs, **options)
 
 
 def _module_call(node: Node[Block], adapters: frozenset[int]) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -34,13 +34,14 @@ CONTRACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """What a stage did: the state after it, whether it ran and why not, seconds, model use."""
+    """What a stage did: the state after it, whether it ran and why not, seconds, model use, and what was captured."""
 
     state: State
     ran: bool
     reason: str = ""
     seconds: float = 0.0
     usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    captured: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def why_not(state: State, reads: Sequence[str], writes: Sequence[str]) -> str:
@@ -167,7 +168,8 @@ class Stage(Nested[Pipeline | Remote]):
         started = time.perf_counter()
         outputs = super().run(inputs, **options)
         seconds = time.perf_counter() - started
-        return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before))
+        captured = {key: outputs[key] for key in options.get("capture", ())}
+        return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before), captured)
 
     def _given(self, state: State, sources: Mapping[str, Any]) -> dict[str, Any]:
         """What the pipelines are given."""
@@ -198,7 +200,9 @@ class Stage(Nested[Pipeline | Remote]):
         session, modes, chosen = super()._opened(self._given(state, sources) if ready else {}, options)
 
         def whole() -> Session:
-            return {"state": self._written(state, (yield from session)) if ready else state}
+            outputs = (yield from session) if ready else {}
+            captured = {key: outputs[key] for key in chosen.capture if key in outputs}
+            return {"state": self._written(state, outputs) if ready else state, **captured}
 
         return whole(), modes, chosen
 
@@ -221,7 +225,8 @@ class Stage(Nested[Pipeline | Remote]):
     def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """The common contract: `{"state", "world"?, "action"?, "schema"?}` in, `{"state"}` out."""
         state, sources = _state_of(inputs)
-        return {"state": self.step(state, **sources, **options).state}
+        result = self.step(state, **sources, **options)
+        return {"state": result.state, **result.captured}
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Check the mapping and walk the pipelines with placeholders; gives the written blocks' placeholders."""

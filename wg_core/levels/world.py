@@ -9,8 +9,10 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -24,6 +26,7 @@ from wg_core.errors import (
     OutputContractError,
     ReplayError,
     SnapshotConflictError,
+    UnexpectedInputError,
     WGError,
     did_you_mean,
 )
@@ -32,10 +35,12 @@ from wg_core.execution.budget import Budget, checked_limits
 from wg_core.execution.calls import CallLog
 from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, add_rows, derive_seed
 from wg_core.execution.drawing import Drawing, draw_cycle
+from wg_core.execution.executable_graph import Node
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.end_world import EndWorld, end_world_folders, find_end_world, linked_end_worlds
 from wg_core.levels.replay import Replay, read_calls, replay
 from wg_core.levels.stage import Stage, StageResult, why_not
+from wg_core.levels.training import Trained
 from wg_core.levels.world_checks import world_issues
 from wg_core.levels.written import Written
 from wg_core.state.canonical import canonical_bytes, sha256_json
@@ -82,7 +87,7 @@ class Flow(BaseModel):
     started: float
 
 
-class World(Written):
+class World(Written, Trained):
     """Philosopher -> Author -> World update -> Development -> Architect -> Creator, and again.
 
     A world may also be built piece by piece (`add_stage`, `set_cycle`, ...); `validate` says what it lacks.
@@ -112,6 +117,7 @@ class World(Written):
         self.state_schema = DEFAULT_SCHEMA
         self.folder: Path | None = None
         self._execution = dict(execution or {})
+        self._places: dict[str, Node[Stage]] = {}
         self._cycle: list[str] | None = None
         self._next: dict[str, str] = {}
         self._reading: tuple[str, WorldContent] | None = None
@@ -289,6 +295,7 @@ class World(Written):
     def from_entry(cls, entry: WorldEntry, build: Build) -> Self:
         build = Build(build.registry, build.pool, entry.execution.models, build.document, build.where)
         stages: dict[str, Stage] = {}
+        frozen: list[str] = []
         for role, stage_entry in entry.execution.stages.items():
             here = build.at("execution", "stages", role)
             if stage_entry.role not in (None, role) and entry.execution.cycle == "canonical":
@@ -297,6 +304,7 @@ class World(Written):
                 )
             named = stage_entry.model_copy(update={"role": stage_entry.role or role, "id": stage_entry.id or role})
             stages[role] = Stage.from_entry(named, here)
+            frozen += [] if stage_entry.trainable else [role]
         root = entry.execution.storage.root
         try:
             world = cls(
@@ -321,6 +329,8 @@ class World(Written):
             world.set_state_schema(entry.execution.state_schema)
         except ConfigError as error:
             raise here.error(error) from error
+        for role in frozen:
+            world.set_trainable(role, False)
         source = Path(build.document.source)
         world.folder = source.parent if source.is_file() else None
         return world
@@ -334,6 +344,8 @@ class World(Written):
                 for k, v in entry.items()
                 if k not in ("kind", "schema_version") and (k, v) not in (("id", role), ("role", role))
             }
+            if not self.places()[role].trainable:
+                stages[role]["trainable"] = False
         return {
             "kind": "world",
             "schema_version": "1.0",
@@ -659,6 +671,7 @@ class World(Written):
         forked = copy(self)
         forked.world_id = new_id
         forked.stages, forked._execution, forked.hooks = dict(self.stages), dict(self._execution), list(self.hooks)
+        forked._places = {name: copy(node) for name, node in self.places().items()}
         return forked
 
     def diff(self, a: int, b: int) -> list[dict[str, Any]]:
@@ -758,18 +771,13 @@ class World(Written):
             "budget": _step_budget(flow, options.get("budget")),
         }
         settings["extra"] = {"step": flow.step, **cast("dict[str, Any]", options.get("extra") or {})}
-        frame = Frame("world", self.world_id, RunOptions(**settings))
-        frame.node_id = role
-        token = FRAME.set(frame)
-        try:
+        with self._calling(role, RunOptions(**settings)):
             result: StageResult = stage.step(
                 state,
                 world=self._view(content),
                 action=flow.action,
                 schema=self.schema_for(stage.writes[0], content, state, seed=step_seed),
             )
-        finally:
-            FRAME.reset(token)
         record = StageRecord(
             role=role,
             ran=result.ran,
@@ -784,6 +792,57 @@ class World(Written):
             kept = self.store.blobs.put(canonical_bytes({"calls": calls.calls, "schema_version": "1.0"}))
             made["calls"] = {**flow.calls, role: kept}
         return flow.model_copy(update=made)
+
+    @contextmanager
+    def _calling(self, role: str, options: RunOptions) -> Generator[Frame]:
+        """The frame in which the world calls a stage, with the stage's blocks in the mode for it."""
+        node = self.places()[role]
+        frame = self.opened(node, options, None)
+        token = FRAME.set(frame)
+        try:
+            with node.child.modes_for(frame.options.training):
+                yield frame
+        finally:
+            FRAME.reset(token)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def places(self) -> Mapping[str, Node[Stage]]:
+        for name, stage in self.stages.items():
+            if name not in self._places or self._places[name].child is not stage:
+                self._places[name] = Node(name, stage)
+        return {name: self._places[name] for name in self.stages}
+
+    def opened(self, node: Node[Stage], options: RunOptions, parent: Frame | None) -> Frame:
+        chosen = replace(options, training=options.training and node.trainable, blobs=options.blobs or self.store.blobs)
+        frame = Frame("world", self.world_id, chosen, parent)
+        frame.node_id = node.node_id
+        return frame
+
+    def options_below(self, node: Node[Stage], frame: Frame) -> RunOptions:
+        return frame.options
+
+    def adapters_on(self, node: Node[Stage]) -> frozenset[int]:
+        return frozenset()
+
+    def rehearse(self, inputs: Mapping[Any, Any], **options: Any) -> dict[str, Any]:
+        """Run stages as a step would, outside any step: `{stage: its inputs}` in, captured values out; nothing is kept.
+
+        Raises: NodeError for an unknown stage, UnexpectedInputError for what cannot be captured.
+        """
+        captured: dict[str, Any] = {}
+        for role, given in inputs.items():
+            if role not in self.stages:
+                raise NodeError(f"world {self.world_id!r} has no stage {role!r}; {did_you_mean(role, self.stages)}")
+            with self._calling(role, RunOptions(**options)) as frame:
+                self.stages[role].run(given)
+            captured.update(frame.captured)
+        missing = [key for key in options.get("capture", ()) if key not in captured]
+        if missing:
+            raise UnexpectedInputError(
+                f"{self.world_id}: nothing to capture at {missing[0]!r}; {did_you_mean(missing[0], captured)}"
+            )
+        return captured
 
     def _update(self, flow: Flow) -> Flow:
         """World update: a full state goes into the content; any other is dropped, and said so."""

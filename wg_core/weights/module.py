@@ -6,7 +6,8 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -261,31 +262,49 @@ class ModuleBlock(Block):
         }
 
 
-def frozen_forward(block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
-    """`block.forward` with all weights below it held still: gradients reach the inputs, and no parameter.
+@contextmanager
+def held_still(block: Block) -> Generator[None]:
+    """All weights below `block` held still for this time: modules in evaluation mode, with detached parameters.
 
-    For the use of a block that learns elsewhere (a shared block): its modules are in evaluation mode and see detached
-    parameters for the time of this call. Weight adapters attached to it are not its own and go on learning.
+    Gradients reach what the block is given, and no parameter of it; weight adapters on it are not its own and go on
+    learning.
     """
-    loaded = sys.modules.get("torch")
-    if loaded is not None and not loaded.is_grad_enabled():
-        return block.forward(inputs)
-    import torch
-
     owners = [b for b in block.iter_blocks() if isinstance(b, ModuleBlock)]
-    holder = torch.nn.Module()
-    for i, owner in enumerate(owners):
-        for name, module in owner.modules.items():
-            holder.add_module(f"{i}_{name}", module)
+    parts = [part for owner in owners for module in owner.modules.values() for part in module.modules()]
+    kept = [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
     training = [owner for owner in owners if owner.training]
-    holder.forward = block.forward
-    still = {name: parameter.detach() for name, parameter in holder.named_parameters()}
+    for part, name, parameter in kept:
+        part._parameters[name] = cast("nn.Parameter", parameter.detach())
+    _refresh(parts)
     for owner in training:
         owner.training = False
         owner.mode_changed()
     try:
-        return torch.func.functional_call(holder, still, (inputs,))
+        yield
     finally:
+        for part, name, parameter in kept:
+            part._parameters[name] = parameter
+        _refresh(parts)
         for owner in training:
             owner.training = True
             owner.mode_changed()
+
+
+def _refresh(parts: Sequence[nn.Module]) -> None:
+    """Recurrent layers keep a list of their weights beside them."""
+    for part in parts:
+        names = getattr(part, "_flat_weights_names", None)
+        if names is not None:
+            part._flat_weights = [getattr(part, name, None) for name in names]  # type: ignore[assignment]
+
+
+def frozen_forward(block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`block.forward` with all weights below it held still: gradients reach the inputs, and no parameter.
+
+    For the use of a block that learns elsewhere (a shared block).
+    """
+    loaded = sys.modules.get("torch")
+    if loaded is not None and not loaded.is_grad_enabled():
+        return block.forward(inputs)
+    with held_still(block):
+        return block.forward(inputs)
