@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wg_core.levels.remote import Remote
 
 
-class Level(Written, ExecutableGraph[Child], Trained):
+class Level(ExecutableGraph[Child], Trained, Written):
     """An executable graph that can be written down, loaded and trained."""
 
     def contract_hash(self) -> str:

@@ -87,7 +87,7 @@ class Flow(BaseModel):
     started: float
 
 
-class World(Written, Trained):
+class World(Trained, Written):
     """Philosopher -> Author -> World update -> Development -> Architect -> Creator, and again.
 
     A world may also be built piece by piece (`add_stage`, `set_cycle`, ...); `validate` says what it lacks.
@@ -381,9 +381,6 @@ class World(Written, Trained):
     def parts(self) -> Iterator[tuple[tuple[str | int, ...], Any]]:
         for role, stage in self.stages.items():
             yield ("execution", "stages", role), stage
-
-    def trainable_parameters(self) -> list[Any]:
-        return list({id(p): p for stage in self.stages.values() for p in stage.trainable_parameters()}.values())
 
     def iter_blocks(self) -> Iterator[Block]:
         """All blocks of all stages, each instance once."""
