@@ -310,7 +310,8 @@ class _Order:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self.epoch, self.shuffled = -1, list[int]()
+        self.epoch = -1
+        self.shuffled: list[int] = []
 
     def take(self, position: int, count: int) -> list[int]:
         """The indices of `count` examples from `position` on, over the ends of epochs."""
@@ -321,14 +322,15 @@ class _Order:
             epoch, place = divmod(at, self.size)
             if epoch != self.epoch:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-                self.epoch, self.shuffled = epoch, torch.randperm(self.size, generator=generator).tolist()
-            taken.append(int(self.shuffled[place]))
+                self.epoch = epoch
+                self.shuffled = cast("list[int]", torch.randperm(self.size, generator=generator).tolist())
+            taken.append(self.shuffled[place])
         return taken
 
 
 def _parts(given: Any) -> tuple[Any, int]:
     """The loss, and the number of tokens that it is the mean over (0 where it does not say)."""
-    loss, tokens = cast("tuple[Any, int]", given) if isinstance(given, tuple) else (cast(Any, given), 0)
+    loss, tokens = cast("tuple[Any, int]", given) if isinstance(given, tuple) else (given, 0)
     if getattr(loss, "ndim", None) != 0:
         raise ConfigError(f"a loss gives a scalar tensor, not {type(loss).__name__} of shape {list(getattr(loss, 'shape', ()))}")
     return loss, int(tokens)
