@@ -42,7 +42,7 @@ def test_an_equal_request_is_made_once(api: Callable[..., Block], server: ApiSer
     others: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {"prompt": "y"}), ({}, {"params": {"seed": 2}}), ({}, {"params": {"seed": 1, "temperature": 0.1}}),
         ({}, {"schema": schema}), ({}, {"tools": [tool]}), ({}, {"system": "s"}), ({"model_id": "tale-2"}, {}),
-        ({"extra_body": {"n": 1}}, {}), ({"options": {"query": {"v": "1"}}}, {}), ({"endpoint_url": server.url + "/"}, {}),
+        ({"extra_body": {"n": 1}}, {}), ({"options": {"query": {"v": "1"}}}, {}), ({"endpoint_url": server.url.replace("127.0.0.1", "localhost")}, {}),
     ]  # fmt: skip
     for config, inputs in others:
         asked = len(server.seen)

@@ -46,7 +46,7 @@ def test_what_is_sent_and_what_comes_back(responses: Callable[..., Block], serve
     out = responses().run({"prompt": "x", "system": "Be short.", "schema": schema, "params": {"temperature": 0.2}})
     assert out["data"] == {"n": 3} and (out["usage"]["prompt_tokens"], out["usage"]["completion_tokens"]) == (11, 7)
     path, _, body = server.seen[0]
-    assert path == "/v1/responses" and body["store"] is False and body["max_output_tokens"] == 256
+    assert path == "/v1/responses" and body["store"] is body["stream"] is False and body["max_output_tokens"] == 256
     assert [m["role"] for m in body["input"]] == ["system", "user"] and "seed" not in body
     form = body["text"]["format"]
     assert (form["type"], form["name"], form["strict"]) == ("json_schema", "answer", True)

@@ -126,8 +126,7 @@ class ApiBlock(Block):
         self.limits = Limits(api.timeout_s, api.max_retries, api.max_concurrent_requests, api.max_response_bytes)
         self.model = f"{name}/{api.model_id}"
         self._where = {
-            "provider": name, "endpoint_url": api.endpoint_url, "options": api.options, "extra_body": api.extra_body,
-            "model": api.model_id,
+            "provider": name, "options": api.options, "extra_body": api.extra_body, "model": api.model_id,
         }  # fmt: skip
         self._cache = ResponseCache() if api.cache else None
 
@@ -142,7 +141,9 @@ class ApiBlock(Block):
         held to the run's budget before it is made. Raises: BudgetExceededError, and what the client raises.
         """
         context = current_context()
-        request = {**self._where, **asking.request}
+        request: dict[str, Any] = {}
+        if self._cache is not None:
+            request = {**self._where, "endpoint": self.endpoint.address("own"), **asking.request}
         kept = self._cache.get(request) if self._cache is not None else None
         if kept is not None:
             answer = asking.of_json(kept)

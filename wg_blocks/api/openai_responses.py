@@ -24,7 +24,7 @@ def settings(own: bool) -> dict[str, str]:
 
 
 def body(chat: Chat) -> dict[str, Any]:
-    """The request of a chat."""
+    """The request of a chat; servers differ in whether they stream unasked."""
     items: list[dict[str, Any]] = []
     last = max((i for i, m in enumerate(chat.messages) if m["role"] == "user"), default=-1)
     for i, message in enumerate(chat.messages):
@@ -41,7 +41,7 @@ def body(chat: Chat) -> dict[str, Any]:
         for call in message.get("tool_calls") or ():
             said = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
             items.append({"type": "function_call", "call_id": call["id"], **said})
-    out: dict[str, Any] = {"model": chat.model, "input": items, "store": False, **chat.settings, **chat.extra}
+    out: dict[str, Any] = {"model": chat.model, "input": items, "store": False, "stream": False, **chat.settings, **chat.extra}
     if chat.tools:
         out["tools"] = [{"type": "function", **tool, "strict": False} for tool in chat.tools]
     if chat.form is not None and chat.form["type"] == "json_schema":
