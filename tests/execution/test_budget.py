@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from wg_blocks.agent_scripted import ScriptedAgent
 from wg_blocks.llm_fake import FakeLLM
 from wg_core import Graph, Pipeline
 from wg_core.errors import BudgetExceededError, ConfigError
@@ -81,3 +82,18 @@ def test_budgets_that_are_none(wrong: dict[str, Any]) -> None:
     """01 E-9: named before anything runs."""
     with pytest.raises(ConfigError, match="budget"):
         RunOptions(budget=wrong)
+
+
+def test_no_agent_goes_on_past_a_budget() -> None:
+    """01 E-9, F-41: what fails in a tool is told to the agent; a budget that is used up ends the run."""
+    graph = Graph("g")
+    asks = {"tool_calls": [{"tool_id": "ask", "arguments": {"prompt": "x"}}]}
+    graph.add_node(ScriptedAgent(script=[asks, asks, "never said"]), "bot")
+    graph.add_node(FakeLLM(), "ask")
+    graph.add_tool("ask", "ask")
+    graph.expose_input("bot", "context", "prompt")
+    graph.expose_output("bot", "response", "response")
+    assert graph.run({"prompt": ""}, budget={"calls": 2})["response"] == "never said"
+    graph.nodes["bot"].child.reset_session()
+    with pytest.raises(BudgetExceededError, match="1 of the budget of 1 calls"):
+        graph.run({"prompt": ""}, budget={"calls": 1})
