@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -139,12 +140,16 @@ def validate(file: Annotated[Path, typer.Argument(help="A file of any level.")],
         warnings = [str(w) for w in level.validate(deep=True).warnings]
     elif problems := level.verify():
         raise CorruptSnapshotError(f"{file} is not whole: {problems[0]}")
+    lines = level.adapter_report() if hasattr(level, "adapter_report") else []
     if as_json:
-        print_json({"valid": True, "kind": kind, "warnings": warnings})
+        told = {"adapters": [asdict(line) for line in lines]} if lines else {}
+        print_json({"valid": True, "kind": kind, "warnings": warnings, **told})
     else:
         for warning in warnings:
             err.print(f"warning: {warning}", style="yellow", markup=False)
         out.print(f"{file}: a valid {kind}", markup=False)
+        for line in lines:
+            out.print(f"  {line.path}: {', '.join(line.adapters) or line.reason}", markup=False)
     return OK
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wg_core.errors import ConfigError, WGError, did_you_mean
 from wg_core.structure.ids import check_id
@@ -97,7 +98,9 @@ def read_world(path: Path) -> WorldFile | None:
     if world_id == BROKEN:
         raise document.error(("world_id",), f"{BROKEN!r} is where the page lists broken files; choose another id")
     execution, content = data.get("execution"), data.get("content")
-    cycle = execution.get("cycle") if isinstance(execution, Mapping) else None
+    base = _below(_below(execution, "base"), "world")  # a LoRA world runs the cycle of its base
+    cycle = _below(_below(base, "execution") if base else execution, "cycle")
+    content = content if "content" in data else _below(base, "content")
     text = json.dumps(execution, sort_keys=True, ensure_ascii=False)
     return WorldFile(
         path=str(path.resolve()),
@@ -107,6 +110,10 @@ def read_world(path: Path) -> WorldFile | None:
         roles=tuple(map(str, cycle)) if isinstance(cycle, list) else ROLES,
         code_version=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
+
+
+def _below(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, Mapping) else None
 
 
 def world_file(name: str, folders: Sequence[Path] | None = None) -> WorldFile:

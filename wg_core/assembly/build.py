@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from wg_core.assembly.loader import Document, checked, parse, read
+from wg_core.assembly.loader import WORLDS, Document, checked, parse, read
 from wg_core.assembly.migrate import migrated, version_problems
 from wg_core.assembly.models import KINDS, ExposureEntry, LevelEntry, ModelEntry, NodeEntry, StageEntry
 from wg_core.assembly.pool import ModelPool, default_pool
@@ -67,7 +67,7 @@ def _refuse_refs(document: Document, value: Any, where: tuple[str | int, ...]) -
                 where, "text may not refer to files; load the world from its file, or write the part out", "BAD_REF"
             )
         for key, below in mapping.items():
-            if where or key != "content":
+            if key != "content" or where not in WORLDS:
                 _refuse_refs(document, below, (*where, key))
     elif isinstance(value, list):
         for i, below in enumerate(cast("list[Any]", value)):

@@ -25,6 +25,7 @@ MAX_REFS = 1000
 Where = tuple[str | int, ...]
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")}
 _TEXT_FILES = (".txt", ".md")
+WORLDS: tuple[Where, ...] = ((), ("execution", "base", "world"))  # where a world may stand; its content is data
 
 
 # YAML 1.1 takes `1e-4` for text; JSON, and whoever writes it, means a number. Reader and writer agree on it.
@@ -259,7 +260,7 @@ class _Refs:
             if "ref" in mapping and mapping.keys() <= {"ref", "overrides"}:
                 return self._load(mapping, where, files)
             return {
-                k: v if where == () and k == "content" else self._walk(v, (*where, k), files)
+                k: v if k == "content" and where in WORLDS else self._walk(v, (*where, k), files)
                 for k, v in mapping.items()
             }
         if isinstance(value, list):

@@ -347,6 +347,45 @@ class BudgetEntry(Strict):
     cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
+class AdapterSetEntry(Strict):
+    """Adapters of one style: what they are, and the blocks that they work on.
+
+    `targets` are globs over paths (`author/*`), or `stage:GLOB` and `role:GLOB`; `modules` globs over the layers of a
+    block. With `per_stage` a model that several stages use has an adapter for each of them, else one for all.
+    """
+
+    block_type: str = "adapter/lora"
+    rank: int = Field(default=8, ge=1)
+    alpha: float | None = None
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    modules: list[str] = Field(default=["all-linear"], min_length=1)
+    targets: list[str] = Field(default=["*"], min_length=1)
+    per_stage: bool = False
+    init_seed: int = 0
+
+
+class AdaptersEntry(Strict):
+    """The adapter sets of a world. `folder` holds what they learned, `active` names those that work (by default all)."""
+
+    folder: str | None = None
+    active: list[Id] | None = None
+    sets: dict[Id, AdapterSetEntry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _known_sets(self) -> AdaptersEntry:
+        for name in self.active or ():
+            if name not in self.sets:
+                raise ValueError(f"active names the set {name!r}; {did_you_mean(name, self.sets)}")
+        return self
+
+
+class BaseEntry(Strict):
+    """The frozen world that a LoRA world stands on; `config_hash` pins what it was when the adapters learned."""
+
+    world: WorldEntry
+    config_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
 UPDATE = "world_update"
 CANONICAL = ("philosopher", "author", "world_update", "development", "architect", "creator")
 
@@ -355,16 +394,34 @@ class ExecutionEntry(Strict):
     """How a world runs.
 
     A `cycle` of one's own names every stage once, and `world_update` where the state is to become true (at most once).
-    `state_schema` adds fields to the blocks of the state: `{block: {field: JSON Schema}}`.
+    `state_schema` adds fields to the blocks of the state: `{block: {field: JSON Schema}}`. A LoRA world has a `base`
+    and `adapters` in place of cycle, models, stages and state schema, which are those of its base.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["stages"]}, {"required": ["base", "adapters"]}]},
+    )
 
     cycle: Literal["canonical"] | list[Id] = "canonical"
     models: dict[Id, ModelEntry] = {}
-    stages: dict[Id, WorldStageEntry]
+    stages: dict[Id, WorldStageEntry] = {}
     state_schema: dict[str, dict[str, Json]] = {}
+    base: BaseEntry | None = None
+    adapters: AdaptersEntry | None = None
     storage: StorageEntry = StorageEntry()
     seed: int | None = None
     budget: BudgetEntry = BudgetEntry()
+
+    @model_validator(mode="after")
+    def _own_or_of_base(self) -> ExecutionEntry:
+        if (self.base is None) != (self.adapters is None):
+            raise ValueError("a LoRA world has both a 'base' and 'adapters'; another world has neither")
+        given = [key for key in ("cycle", "models", "stages", "state_schema") if key in self.model_fields_set]
+        if self.base is not None and given:
+            raise ValueError(f"a LoRA world runs the stages of its base; leave out {', '.join(given)}")
+        if self.base is None and "stages" not in given:
+            raise ValueError("key 'stages' is missing")
+        return self
 
     @field_validator("stages")
     @classmethod
@@ -419,4 +476,6 @@ KINDS: dict[str, type[Strict]] = {
 
 def schema_of(kind: str) -> dict[str, Any]:
     """The JSON Schema of a kind of file."""
-    return KINDS[kind].model_json_schema(by_alias=True)
+    schema = KINDS[kind].model_json_schema(by_alias=True)
+    top = schema.pop("$ref", None)  # a world may hold a world
+    return {**schema["$defs"][top.rpartition("/")[2]], **schema} if top is not None else schema

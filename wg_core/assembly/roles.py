@@ -160,18 +160,22 @@ class WeightAdapter(Adapter):
     """Owns parameters that are attached to modules of another node's block; has no ports and is never called.
 
     `target` is the id of that node. The graph attaches it as soon as both are there, `managed`: it then works in the
-    calls of that graph only.
+    calls of that graph only. A world attaches it with the places in whose calls it works.
     """
 
     target: str = ""
 
-    def attach(self, block: Block, *, managed: bool = False) -> None:
+    def attach(self, block: Block, *, managed: bool = False, places: Any = None) -> None:
         """Hang on to `block`; doing so again changes nothing. Raises: AdapterError."""
         raise NotImplementedError(f"{type(self).__name__}.attach")
 
     def detach(self) -> None:
         """Let go of the block; what was learned is kept."""
         raise NotImplementedError(f"{type(self).__name__}.detach")
+
+    def works(self) -> bool:
+        """Whether it changes the running call."""
+        raise NotImplementedError(f"{type(self).__name__}.works")
 
 
 class Guidance(Block):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -292,7 +292,11 @@ class World(Trained, Written):
     # ---- configuration ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_entry(cls, entry: WorldEntry, build: Build) -> Self:
+    def from_entry(cls, entry: WorldEntry, build: Build) -> World:
+        if entry.execution.base is not None:
+            from wg_core.levels.lora_world import LoraWorld
+
+            return LoraWorld.from_entry(entry, build)
         build = Build(build.registry, build.pool, entry.execution.models, build.document, build.where)
         stages: dict[str, Stage] = {}
         frozen: list[str] = []

@@ -28,6 +28,7 @@ class ModuleBlock(Block):
     """
 
     init_seed: int = 0
+    fixed: str = ""  # why nothing can be learned through this block's weights; empty where it can
 
     leans_on: ModuleBlock | None = None  # the block that must be built before this one: what a weight adapter adapts
     adapters: list[Any]  # weight adapters on this block; told by `hook()` when it has built its modules
@@ -173,14 +174,7 @@ class ModuleBlock(Block):
             return None
         versions = self._versions()
         if self._hash is None or self._hash[0] != versions:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(self.own_state_dict().items()):
-                import torch
-
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-            self._hash = (versions, digest.hexdigest())
+            self._hash = (versions, state_hash(self.own_state_dict()))
         return self._hash[1]
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -260,6 +254,18 @@ class ModuleBlock(Block):
             for path, layer in cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
             if isinstance(layer, kinds)
         }
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """Sha256 of the names, kinds and bytes of tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager
