@@ -276,12 +276,11 @@ def held_still(block: Block) -> Generator[None]:
     learning.
     """
     owners = [b for b in block.iter_blocks() if isinstance(b, ModuleBlock)]
-    parts = [part for owner in owners for module in owner.modules.values() for part in module.modules()]
-    kept = [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
+    modules = (part for owner in owners for module in owner.modules.values() for part in module.modules())
+    kept = [(part, name, p) for part in modules for name, p in part._parameters.items() if p is not None]
     training = [owner for owner in owners if owner.training]
     for part, name, parameter in kept:
         part._parameters[name] = cast("nn.Parameter", parameter.detach())
-    _refresh(parts)
     for owner in training:
         owner.training = False
         owner.mode_changed()
@@ -290,18 +289,9 @@ def held_still(block: Block) -> Generator[None]:
     finally:
         for part, name, parameter in kept:
             part._parameters[name] = parameter
-        _refresh(parts)
         for owner in training:
             owner.training = True
             owner.mode_changed()
-
-
-def _refresh(parts: Sequence[nn.Module]) -> None:
-    """Recurrent layers keep a list of their weights beside them."""
-    for part in parts:
-        names = getattr(part, "_flat_weights_names", None)
-        if names is not None:
-            part._flat_weights = [getattr(part, name, None) for name in names]  # type: ignore[assignment]
 
 
 def frozen_forward(block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
