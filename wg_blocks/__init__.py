@@ -63,4 +63,5 @@ def register(registry: Any) -> None:
         behind_api = BLOCKS.get(f"{block_type.split('/')[0]}/api")
         if behind_api is not None:
             registry.register(block_type, behind_api, backend="api")
+    registry.register("llm/hf", "wg_blocks.llm_gguf:GGUF", backend="llama_cpp")
     registry.register_transport("http", "wg_blocks.remote:HttpTransport")

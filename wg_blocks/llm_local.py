@@ -7,35 +7,35 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wg_blocks.decoding import EMIT_EVERY, PrefixCache, Vocabulary, Writer, decode, decode_batch
+from wg_blocks.int8 import to_int8
 from wg_blocks.json_schema import bounded, problems
-from wg_blocks.prompt import (
-    LLM_PORTS,
-    Message,
-    Settings,
-    answers,
-    pack,
-    whole_sentences,
-    with_context,
-)
+from wg_blocks.prompt import LLM_PORTS, Message, Settings, answers_in_pieces, pack, with_context
 from wg_blocks.store import ModelStore
 from wg_core import current_context
-from wg_core.errors import ConfigError, MissingExtraError, MissingModelError, OutputContractError, PortValueError
-from wg_core.execution.context import derive_seed
+from wg_core.errors import (
+    AdapterError,
+    ConfigError,
+    MissingExtraError,
+    MissingModelError,
+    OutputContractError,
+    PortValueError,
+)
+from wg_core.execution.context import derive_seed, drained
+from wg_core.weights.lora import applies
 from wg_core.weights.module import ModuleBlock
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DTYPES = ("float32", "bfloat16", "float16")
-PENALTY_WINDOW = 256
-EMIT_EVERY = 8
-COPY_COST = 100.0  # below any other token, yet possible where a schema leaves no choice
+WEIGHTS = (None, "int8")
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
@@ -98,34 +98,15 @@ def _files_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @dataclass(slots=True)
-class _Answer:
-    """Tokens of one answer, and whether it ended by itself (end token, stop text, complete structure)."""
+class _Asked:
+    """One chat on its way to an answer: what is asked, with which seed, and what came of it."""
 
-    ids: list[int]
-    ended: bool
+    chat: list[Message]
+    prompt: list[int]
+    seed: int
+    usage: dict[str, int]
+    wrong: list[str] = field(default_factory=list[str])
     text: str = ""
-
-
-class _Copies:
-    """Which token would now repeat `size` tokens in a row of the prompt or the answer."""
-
-    def __init__(self, prompt: Sequence[int], size: int) -> None:
-        self.size = size
-        self.next: dict[tuple[int, ...], set[int]] = {}
-        self.seen: list[int] = []
-        self.add(prompt)
-
-    def add(self, ids: Sequence[int]) -> None:
-        for token in ids:
-            if len(self.seen) >= self.size - 1:
-                self.next.setdefault(self._tail(), set()).add(token)
-            self.seen.append(token)
-
-    def now(self) -> list[int]:
-        return sorted(self.next.get(self._tail(), ()))
-
-    def _tail(self) -> tuple[int, ...]:
-        return tuple(self.seen[len(self.seen) - self.size + 1 :])
 
 
 class CausalLM(ModuleBlock):
@@ -133,7 +114,8 @@ class CausalLM(ModuleBlock):
 
     `checkpoint_ref` is a name of the model store, a ref (`hf:`, `file:`, ...) or a folder; weights load at the first
     call (or `materialize()`). How to sample is part of the call, in `params` (see `Settings`), so that all users of
-    one model share it. With a `schema` the answer is decoded under it and comes parsed as `data`. A checkpoint holds
+    one model share it. `weights: int8` holds the linear layers as whole numbers: smaller, faster on a CPU, a little
+    less exact, and not to be trained or adapted. With a `schema` the answer is decoded under it and comes parsed as `data`. A checkpoint holds
     weights, config and tokenizer; a block that is loaded from it needs no `checkpoint_ref` any more.
 
     Raises: ConfigError for an unknown setting or schema keyword, PortValueError for a prompt that is too long,
@@ -143,12 +125,18 @@ class CausalLM(ModuleBlock):
     role = "llm"
     ports = LLM_PORTS
 
-    def __init__(self, *, checkpoint_ref: str, dtype: str = "float32") -> None:
+    def __init__(self, *, checkpoint_ref: str, dtype: str = "float32", weights: str | None = None) -> None:
         super().__init__()
+        if weights not in WEIGHTS:
+            raise ConfigError(f"llm/hf: weights is 'int8' or left out, not {weights!r}")
+        if weights is not None and dtype != "float32":
+            raise ConfigError(f"llm/hf: weights {weights!r} go with dtype float32, not {dtype}")
         if dtype not in DTYPES:
             raise ConfigError(f"llm/hf: dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
         self.checkpoint_ref = checkpoint_ref
         self.dtype = dtype
+        self.weights = weights
+        self._prefixes = PrefixCache()
         self._read_weights = True
         self._files: dict[str, Tensor] = {}
         self._sha256: str | None = None
@@ -156,7 +144,7 @@ class CausalLM(ModuleBlock):
 
     def _forget(self) -> None:
         self._tokenizer: Any = None
-        self._words: Any = None
+        self._vocabulary: Vocabulary | None = None
         self._guide: Any = None
         self._counter: Any = None
 
@@ -192,7 +180,7 @@ class CausalLM(ModuleBlock):
         with self._source() as folder:
             model, self._tokenizer = load(folder, self.dtype, weights=self._read_weights)
             self._files = _read_files(folder)
-        return {"lm": model}
+        return {"lm": model if self.weights is None else to_int8(model)}
 
     @contextmanager
     def _source(self) -> Iterator[Path]:
@@ -220,6 +208,7 @@ class CausalLM(ModuleBlock):
         with self._lock:
             super().unload()
             self._files = {}
+            self._prefixes.clear()
             self._forget()
 
     # ---- state
@@ -233,6 +222,7 @@ class CausalLM(ModuleBlock):
 
     def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_own_state_dict(state)
+        self.model_revision += self.weights is not None  # torch counts no writes to packed numbers
         given = _files_of(state)
         if any(not data.equal(self._files[name]) for name, data in given.items()):
             with self._lock:
@@ -243,8 +233,9 @@ class CausalLM(ModuleBlock):
 
     # ---- one call
 
-    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return answers(inputs, self.checkpoint_ref, self._complete)
+    def stream_forward(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """Pieces of the text come for one prompt without a schema; several prompts are decoded as one padded batch."""
+        return answers_in_pieces(inputs, self.checkpoint_ref, self._complete, together=self._complete_all)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, counted by this model's own tokenizer."""
@@ -274,47 +265,88 @@ class CausalLM(ModuleBlock):
         schema: Any,
         settings: Settings,
         seed: int,
-    ) -> dict[str, Any]:
-        """The answer to one chat; a structure that breaks off is written again with more room."""
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        (answer,) = yield from self._completed([chat], items, schema, settings, [seed])
+        return answer
+
+    def _complete_all(
+        self,
+        chats: Sequence[Sequence[Message]],
+        items: Sequence[Mapping[str, str]],
+        schema: Any,
+        settings: Settings,
+        seeds: Sequence[int],
+    ) -> list[dict[str, Any]]:
+        return drained(self._completed(chats, items, schema, settings, seeds))
+
+    def _completed(
+        self,
+        chats: Sequence[Sequence[Message]],
+        items: Sequence[Mapping[str, str]],
+        schema: Any,
+        settings: Settings,
+        seeds: Sequence[int],
+    ) -> Generator[dict[str, Any], None, list[dict[str, Any]]]:
+        """The answers to chats; a structure that breaks off is written again with more room."""
         lines = pack(items, settings.context_tokens, self.count_tokens)
-        chat = with_context(list(chat), lines)
-        usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        usage |= {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
-        context, prompt = current_context(), self._prompt_ids(chat)
-        answer, wrong = _Answer([], False), ["no attempt was made"]
-        limit = self._context_size()
+        asked = [self._asked(with_context(list(c), lines), settings, s) for c, s in zip(chats, seeds, strict=True)]
+        left, limit = asked, self._context_size()
+        for attempt in range(1 + (settings.max_repairs if schema is not None else 0)):
+            writers: list[Writer] = []
+            for one in left:
+                more = min(settings.max_new_tokens * (2 + attempt) // 2, limit - len(one.prompt))
+                room, seed = replace(settings, max_new_tokens=more), derive_seed(one.seed, attempt)
+                writers.append(self._writer(one.prompt, room, seed, schema))
+            started = time.perf_counter()
+            with ExitStack() as budget:
+                held = [budget.enter_context(self._hold(writer)) for writer in writers]
+                known = yield from self._write(writers, pieces=len(chats) == 1 and schema is None)
+                seconds = (time.perf_counter() - started) / len(left)
+                for one, writer, cached, hold in zip(left, writers, known, held, strict=True):
+                    self._note(one, writer, cached, seconds, schema, hold)
+            left = [one for one in left if one.wrong]
+            if not left:
+                context = {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
+                return [
+                    {"answer": one.text, "messages": [dict(m) for m in one.chat], "usage": one.usage | context}
+                    for one in asked
+                ]
+        raise OutputContractError(
+            f"{self.checkpoint_ref} gave no valid structure in {1 + settings.max_repairs} attempts: "
+            f"{'; '.join(left[0].wrong)}; raise params.max_new_tokens ({settings.max_new_tokens}) or bound the schema "
+            f"more. It wrote: {left[0].text[:2000]}"
+        )
+
+    def _asked(self, chat: list[Message], settings: Settings, seed: int) -> _Asked:
+        prompt, limit = self._prompt_ids(chat), self._context_size()
         if len(prompt) + settings.max_new_tokens > limit:
             raise PortValueError(
                 f"the prompt has {len(prompt)} tokens and asks for {settings.max_new_tokens} more, but "
                 f"{self.checkpoint_ref} holds {limit}; lower params.context_tokens or params.max_new_tokens"
             )
-        for attempt in range(1 + (settings.max_repairs if schema is not None else 0)):
-            more = min(settings.max_new_tokens * (2 + attempt) // 2, limit - len(prompt))
-            room = replace(settings, max_new_tokens=more)
-            started = time.perf_counter()
-            with context.hold(self.checkpoint_ref, tokens=len(prompt) + more) as held:
-                answer = self._decode(prompt, room, derive_seed(seed, attempt), schema)
-                counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answer.ids)}
-                context.add_usage(self.checkpoint_ref, **counts, held=held)
-            seconds = time.perf_counter() - started
-            usage["calls"] += 1
-            for key, number in counts.items():
-                usage[key] += number
-            request = {"messages": [dict(m) for m in chat], "schema": schema, "settings": _plain(room), "seed": seed}
-            context.emit(
-                "model_call", model=self.checkpoint_ref, request=request, answer=answer.text, seconds=seconds, **counts
-            )
-            wrong = self._wrong(answer, schema) if schema is not None else []
-            if not wrong:
-                return {"answer": answer.text, "messages": [dict(m) for m in chat], "usage": usage}
-        raise OutputContractError(
-            f"{self.checkpoint_ref} gave no valid structure in {1 + settings.max_repairs} attempts: "
-            f"{'; '.join(wrong)}; raise params.max_new_tokens ({settings.max_new_tokens}) or bound the schema more. "
-            f"It wrote: {answer.text[:2000]}"
-        )
+        return _Asked(chat, prompt, seed, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
+
+    def _hold(self, writer: Writer) -> Any:
+        tokens = len(writer.prompt) + writer.settings.max_new_tokens
+        return current_context().hold(self.checkpoint_ref, tokens=tokens)
+
+    def _note(self, one: _Asked, writer: Writer, cached: int, seconds: float, schema: Any, hold: Any) -> None:
+        """Count one answer, tell of it, and see what is wrong with it."""
+        counts = {"prompt_tokens": len(one.prompt), "completion_tokens": len(writer.ids)}
+        one.usage["calls"] += 1
+        for key, number in counts.items():
+            one.usage[key] += number
+        context = current_context()
+        context.add_usage(self.checkpoint_ref, cached_tokens=cached, held=hold, **counts)
+        settings = _plain(writer.settings)
+        request = {"messages": [dict(m) for m in one.chat], "schema": schema, "settings": settings, "seed": one.seed}
+        more = {"answer": writer.text, "seconds": seconds, "cached_tokens": cached, **counts}
+        context.emit("model_call", model=self.checkpoint_ref, request=request, **more)
+        one.text = writer.text
+        one.wrong = self._wrong(writer, schema) if schema is not None else []
 
     @staticmethod
-    def _wrong(answer: _Answer, schema: Mapping[str, Any]) -> list[str]:
+    def _wrong(answer: Writer, schema: Mapping[str, Any]) -> list[str]:
         if not answer.ended:
             return [f"it broke off after {len(answer.ids)} tokens"]
         try:
@@ -353,6 +385,7 @@ class CausalLM(ModuleBlock):
         """
         import torch
 
+        self._learns()
         if not examples:
             raise PortValueError(f"{self.checkpoint_ref}: answer_loss needs at least one example")
         model, limit = self.module, self._context_size()
@@ -375,6 +408,25 @@ class CausalLM(ModuleBlock):
         )
         return loss, sum(len(answer) for _, answer in rows)
 
+    def _learns(self) -> None:
+        if self.weights is not None:
+            raise AdapterError(
+                f"{self.name}: {self.checkpoint_ref} with weights {self.weights!r} can neither be trained nor adapted; "
+                "leave weights out of its config"
+            )
+
+    def adapter_slots(self) -> list[str]:
+        return [] if self.weights is not None else super().adapter_slots()
+
+    def slot_modules(self) -> dict[str, nn.Module]:
+        self._learns()
+        return super().slot_modules()
+
+    def _move(self, device: Any, dtype: Any) -> None:
+        if self.weights is not None and (str(device or "cpu") != "cpu" or dtype not in (None, "float32")):
+            raise ConfigError(f"{self.name}: weights {self.weights!r} stay on the CPU, with dtype float32")
+        super()._move(device, dtype)
+
     def _answer_ids(self, text: str) -> list[int]:
         end = self.tokenizer.eos_token_id
         ids = list(self.tokenizer(self._marks().sub(" ", text), add_special_tokens=False).input_ids)
@@ -382,87 +434,46 @@ class CausalLM(ModuleBlock):
 
     # ---- decoding
 
-    def _decode(self, prompt: list[int], settings: Settings, seed: int, schema: Any) -> _Answer:
-        import torch
-
-        context, device = current_context(), next(self.module.parameters()).device
-        random = torch.Generator(device="cpu").manual_seed(seed)
-        warp = _warpers(settings)
+    def _writer(self, prompt: Sequence[int], settings: Settings, seed: int, schema: Any) -> Writer:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer, self._end_ids())
         guide = self._matcher(schema) if schema is not None else None
-        ends, words = self._end_ids(), len(self.tokenizer)
-        copies = _Copies(prompt, settings.no_repeat_ngram) if settings.no_repeat_ngram else None
-        answer, cache, fresh, shown = _Answer([], False), None, list(prompt), ""
-        with torch.no_grad():
-            while not answer.ended and len(answer.ids) < settings.max_new_tokens:
-                out = self.module(
-                    input_ids=torch.tensor([fresh], device=device),
-                    cache=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                cache = out.cache
-                scores = out.logits[:, -1, :words].float().cpu()  # models may have more rows than tokens
-                self._penalise(scores, answer.ids, settings.repetition_penalty)
-                if copies is not None:
-                    scores[:, copies.now()] -= COPY_COST
-                if guide is not None:
-                    mask = torch.frombuffer(bytearray(guide.compute_logit_bias()), dtype=torch.uint8)
-                    scores.masked_fill_(mask[:words] == 0, -torch.inf)
-                elif not answer.ids:
-                    scores[:, sorted(ends)] = -torch.inf  # an answer is never empty
-                token = _draw(scores, settings, warp, random)
-                fresh = [token]
-                if guide is not None:
-                    if not guide.consume_token(token):
-                        raise OutputContractError(
-                            f"{self.checkpoint_ref}: decoding under the schema failed: {guide.get_error()}"
-                        )
-                    if token not in ends:
-                        forced = guide.compute_ff_tokens()[: settings.max_new_tokens - len(answer.ids) - 1]
-                        if forced and guide.consume_tokens(forced):
-                            fresh += forced
-                    answer.ended = guide.is_stopped()
-                if token in ends:
-                    answer.ended = True
-                    break
-                before = len(answer.ids) // EMIT_EVERY
-                answer.ids += fresh
-                if copies is not None:
-                    copies.add(fresh)
-                if settings.stop or len(answer.ids) // EMIT_EVERY != before:
-                    answer.text = self.tokenizer.decode(answer.ids, skip_special_tokens=True).lstrip()
-                    cut = min((at for at in map(answer.text.find, settings.stop) if at >= 0), default=None)
-                    if cut is not None and guide is None:
-                        answer.text, answer.ended = answer.text[:cut], True
-                        return answer
-                    if len(answer.ids) // EMIT_EVERY != before:
-                        piece, shown = answer.text[len(shown) :], answer.text
-                        context.emit("progress", done=len(answer.ids), total=settings.max_new_tokens, text=piece)
-        answer.text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
-        if schema is None:
-            answer.text = answer.text.strip()
-            if settings.whole_sentences and not answer.ended:
-                answer.text = whole_sentences(answer.text)
-        return answer
+        return Writer(prompt, settings, seed, self._vocabulary, guide, self.checkpoint_ref)
+
+    def _write(self, writers: Sequence[Writer], *, pieces: bool) -> Generator[dict[str, Any], None, list[int]]:
+        """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already."""
+        context, model = current_context(), self.module
+        prefixes = None if self.training else self._prefixes
+        key = (
+            self.model_revision,
+            self._versions(),
+            *((a, a._versions()) for a in self.adapters if applies(a, a.when, a._managed)),
+        )
+
+        def tell(writer: Writer) -> None:
+            text = writer.vocabulary.text(writer.ids[-EMIT_EVERY:])
+            context.emit("progress", done=len(writer.ids), total=writer.settings.max_new_tokens, text=text)
+
+        if len(writers) > 1 and self.weights is None:
+            known = decode_batch(model, writers, prefixes, key, tell)
+            if known is not None:
+                return known
+        known = []
+        for writer in writers:
+            written = decode(model, writer, prefixes, key, tell)
+            try:
+                while True:
+                    piece = next(written)
+                    if pieces:
+                        yield {"text": piece}
+            except StopIteration as stop:
+                known.append(stop.value)
+        return known
 
     def _end_ids(self) -> set[int]:
         known = self.module.generation_config.eos_token_id
         ends = {known} if isinstance(known, int) else set(known or ())
         return ends | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
-
-    def _penalise(self, scores: Any, written: list[int], penalty: float) -> None:
-        """Make words that were written before less likely; punctuation stays free, or structure would suffer."""
-        import torch
-
-        if penalty == 1 or not written:
-            return
-        if self._words is None:
-            tokens = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
-            self._words = torch.tensor([any(c.isalnum() for c in str(t).lstrip("Ġ▁")) for t in tokens])
-        seen = torch.tensor(sorted(set(written[-PENALTY_WINDOW:])))
-        seen = seen[self._words[seen]]
-        picked = scores[:, seen]
-        scores[:, seen] = torch.where(picked < 0, picked * penalty, picked / penalty)
 
     def _matcher(self, schema: Mapping[str, Any]) -> Any:
         """A fresh llguidance matcher for a schema. Raises: ConfigError when it cannot be decoded under."""
@@ -472,7 +483,7 @@ class CausalLM(ModuleBlock):
         except ImportError as error:
             raise MissingExtraError("a schema needs llguidance: pip install llguidance") from error
         if self._guide is None:
-            width = self.module.get_output_embeddings().weight.shape[0]
+            width = self.module.get_output_embeddings().out_features
             self._guide = from_tokenizer(self.tokenizer, n_vocab=width, eos_token=sorted(self._end_ids()))
         form: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(bounded(schema)), None, form)
@@ -480,27 +491,6 @@ class CausalLM(ModuleBlock):
         if matcher.is_error():
             raise ConfigError(f"cannot decode under this JSON schema: {matcher.get_error()[:400]}")
         return matcher
-
-
-def _warpers(settings: Settings) -> Any:
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-    chain = LogitsProcessorList()
-    if settings.temperature > 0:
-        chain.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_p < 1:
-        chain.append(TopPLogitsWarper(settings.top_p))
-    return chain
-
-
-def _draw(scores: Any, settings: Settings, warp: Any, random: Any) -> int:
-    """The next token; the `top_k` are taken first, so that nothing sorts the whole vocabulary."""
-    import torch
-
-    if settings.temperature == 0:
-        return int(scores.argmax())
-    values, ids = scores.topk(min(settings.top_k or scores.shape[1], scores.shape[1]))
-    return int(ids[0, torch.multinomial(warp(None, values).softmax(-1), 1, generator=random)])
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

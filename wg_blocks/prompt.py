@@ -162,6 +162,7 @@ Complete = Callable[[list[Message], list[dict[str, str]], Any, Settings, int], d
 InPieces = Callable[
     [list[Message], list[dict[str, str]], Any, Settings, int], Generator[dict[str, Any], None, dict[str, Any]]
 ]
+Together = Callable[[list[list[Message]], list[dict[str, str]], Any, Settings, list[int]], list[dict[str, Any]]]
 
 
 def answers(
@@ -176,9 +177,17 @@ def answers(
 
 
 def answers_in_pieces(
-    inputs: Mapping[str, Any], model: str, complete: InPieces, *, more: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Any],
+    model: str,
+    complete: InPieces,
+    *,
+    more: Mapping[str, Any] | None = None,
+    together: Together | None = None,
 ) -> Generator[dict[str, Any], None, dict[str, Any]]:
-    """As `answers`, where `complete` yields pieces (`{output port: piece}`) of its answer on the way."""
+    """As `answers`, where `complete` yields pieces (`{output port: piece}`) of its answer on the way.
+
+    `together(chats, context items, schema, settings, seeds)` completes the chats of a batch at once.
+    """
     settings = Settings.of(inputs.get("params"))
     chats, batch = conversations(inputs)
     schema = inputs.get("schema")
@@ -190,10 +199,19 @@ def answers_in_pieces(
     usage = tally()
     texts: list[str] = []
     calls: list[list[dict[str, Any]]] = []
-    for index, chat in enumerate(chats):
-        own = derive_seed(seed, index)
+    seeds = [derive_seed(seed, index) for index in range(len(chats))]
+    made: list[dict[str, Any]] = []
+
+    def of_batch(index: int) -> dict[str, Any]:
+        if not made and together is not None:
+            made.extend(together(chats, items, schema, settings, seeds))
+        return made[index]
+
+    for index, (chat, own) in enumerate(zip(chats, seeds, strict=True)):
+        one = partial(complete, chat, items, schema, settings, own)
+        make = partial(whole, partial(of_batch, index)) if together is not None and len(chats) > 1 else one
         record = asked(chat, items, schema, settings, own) | dict(more or {})
-        got = yield from context.ask_in_pieces(model, record, partial(complete, chat, items, schema, settings, own))
+        got = yield from context.ask_in_pieces(model, record, make)
         usage = tally(usage, got["usage"])
         texts.append(got["answer"])
         calls.append(got.get("tool_calls", []))
@@ -211,7 +229,12 @@ _SENTENCE_END = re.compile(r"[.!?]+[\"')\u201d\u2019]*(?=\s|$)")
 
 def whole_sentences(text: str) -> str:
     """The text to the end of its last sentence; as it is where none ends."""
-    return text[: max((m.end() for m in _SENTENCE_END.finditer(text)), default=len(text))]
+    return text[: sentences_end(text) or len(text)]
+
+
+def sentences_end(text: str) -> int:
+    """Where the last sentence of a text ends; 0 where none does."""
+    return max((m.end() for m in _SENTENCE_END.finditer(text)), default=0)
 
 
 def _is_message(value: Any) -> bool:

@@ -21,6 +21,7 @@ from wg_blocks.prompt import Settings, context_items, conversations, pack, with_
 from wg_blocks.store import ModelStore
 from wg_core import Graph
 from wg_core.errors import AbortRun, ConfigError, MissingModelError, OutputContractError, PortValueError
+from wg_core.execution.context import drained
 
 SMALL = {"max_new_tokens": 24, "seed": 5}
 
@@ -162,7 +163,9 @@ def test_no_repeat_ngram_copies_neither_the_prompt_nor_itself(block: CausalLM, s
 
     def most(seed: int, **extra: Any) -> int:
         given = Settings.of({"temperature": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 100, **extra})
-        ids = prompt + block._decode(prompt, given, seed, None).ids
+        writer = block._writer(prompt, given, seed, None)
+        drained(block._write([writer], pieces=False))
+        ids = prompt + writer.ids
         grams = [tuple(ids[i : i + size]) for i in range(max(0, len(prompt) - size), len(ids) - size + 1)]
         before = {tuple(prompt[i : i + size]) for i in range(len(prompt) - size + 1)}
         return max(grams.count(g) + (g in before and i > 0) for i, g in enumerate(grams))

@@ -191,6 +191,7 @@ def test_missing_catalogue_models_name_the_command(store: ModelStore) -> None:
 def test_catalogue_entries_are_whole() -> None:
     prefixes = {
         "smollm2-135m-instruct": "b179c9523d0e6a0f",
+        "smollm2-135m-instruct-gguf": "b179c9523d0e6a0f",
         "terrain-consistency": "95be54b4a39d5832",
         "minilm-l6-v2": "53aa51172d142c89",
         "esrgan-slim-x4": "82637daaf3ba024d",

@@ -228,15 +228,21 @@ class CallContext:
         calls: int = 1,
         prompt_tokens: int = 0,
         completion_tokens: int = 0,
+        cached_tokens: int = 0,
         cost: float | None = None,
         held: Hold | None = None,
     ) -> None:
-        """Add to the run's ledger of model use; `held` is what `hold` gave for the call."""
+        """Add to the run's ledger of model use; `held` is what `hold` gave for the call.
+
+        `cached_tokens` are those of the prompt that needed no computing, as they were known from another.
+        """
         if self.frame is None:
             return
         used: dict[str, float] = {"calls": calls, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         if cost is not None:
             used["cost"] = cost
+        if cached_tokens:
+            used["cached_tokens"] = cached_tokens
         if held is not None:
             held.settle(used)
         elif (budget := budget_of(self.frame.options)) is not None:

@@ -1,0 +1,103 @@
+"""Decode speed of the default language model in float32, in int8 and by llama.cpp, and what int8 costs in quality.
+
+`python benchmarks/decode.py [--tokens N] [--rounds N]`. All run on one thread, in turns, from one file of weights
+(llama.cpp reads it as it is, torch the same numbers converted). Each figure is the median of its rounds; the time of a
+prompt is taken off. Perplexity is that of a fixed text of this repository, read token by token as in decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wg_blocks.llm_local import CausalLM
+from wg_blocks.store import ModelStore, progress_bar
+from wg_core import Block
+
+NAME = "smollm2-135m-instruct"
+TEXT = Path(__file__).parent.parent / "docs" / "decisions" / "0005-endpoints.md"
+ASK = {"prompt": "Tell a long story about a harbour town."}
+SCHEMA = {"type": "string", "minLength": 200, "maxLength": 200}
+
+
+def decode_speed(block: Block, tokens: int, schema: Any = None) -> float:
+    """Tokens per second of one answer, without the time of its prompt."""
+
+    def timed(number: int) -> tuple[int, float]:
+        params = {"max_new_tokens": number, "temperature": 0.6, "seed": 1}
+        given = {**ASK, "params": params, **({"schema": schema} if schema and number > 1 else {})}
+        begun = time.perf_counter()
+        usage = block.run(given)["usage"]
+        return usage["completion_tokens"], time.perf_counter() - begun
+
+    timed(1)  # loads the model, and fills what is kept of the prompt
+    _, one = timed(1)
+    number, whole = timed(tokens)
+    return (number - 1) / (whole - one)
+
+
+def perplexity(block: CausalLM, tokens: int) -> float:
+    """exp of the mean cross-entropy of each token of the text, given those before it."""
+    import torch
+
+    cache, losses = None, []
+    ids = block.tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).input_ids[:tokens]
+    with torch.no_grad():
+        for token, following in itertools.pairwise(ids):
+            out = block.module(input_ids=torch.tensor([[token]]), cache=cache, use_cache=True)
+            cache = out.cache
+            losses.append(torch.nn.functional.cross_entropy(out.logits[0, -1:], torch.tensor([following])))
+    return float(torch.stack(losses).mean().exp())
+
+
+def llama_cpp() -> Block | None:
+    """The same model by llama.cpp, where the extra is installed."""
+    try:
+        import xllamacpp  # noqa: F401
+    except ImportError:
+        return None
+    from wg_blocks.llm_gguf import GGUF
+
+    with progress_bar() as show:
+        ModelStore().pull(f"{NAME}-gguf", show)
+    return GGUF(checkpoint_ref=f"{NAME}-gguf")
+
+
+def measure(tokens: int, rounds: int, text_tokens: int) -> dict[str, Any]:
+    with progress_bar() as show:
+        ModelStore().pull(NAME, show)
+    plain, small, theirs = CausalLM(checkpoint_ref=NAME), CausalLM(checkpoint_ref=NAME, weights="int8"), llama_cpp()
+    cases: dict[str, Callable[[], float]] = {
+        "float32": lambda: decode_speed(plain, tokens),
+        "int8": lambda: decode_speed(small, tokens),
+        "int8_schema": lambda: decode_speed(small, tokens, SCHEMA),
+    }
+    if theirs is not None:
+        cases["llama_cpp"] = lambda: decode_speed(theirs, tokens)
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            found[name].append(case())
+    speed = {name: round(statistics.median(values), 1) for name, values in found.items()}
+    ratios = {"int8_over_float32": round(speed["int8"] / speed["float32"], 2)}
+    if "llama_cpp" in speed:
+        ratios["int8_over_llama_cpp"] = round(speed["int8"] / speed["llama_cpp"], 2)
+        ratios["aim"] = 1.5
+    quality = {"float32": round(perplexity(plain, text_tokens), 2), "int8": round(perplexity(small, text_tokens), 2)}
+    return {"tokens_per_s": speed, "ratios": ratios, "perplexity": quality, "text_tokens": text_tokens}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--text-tokens", type=int, default=256)
+    args = parser.parse_args()
+    sys.stdout.write(json.dumps(measure(args.tokens, args.rounds, args.text_tokens)) + "\n")

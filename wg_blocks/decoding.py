@@ -1,0 +1,407 @@
+"""Decoding: from the scores that a causal model gives to text, one answer or a padded batch of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from wg_blocks.prompt import Settings, sentences_end, whole_sentences
+from wg_core.errors import OutputContractError
+from wg_core.execution.context import FRAME, check_stop
+
+PENALTY_WINDOW = 256
+EMIT_EVERY = 8
+COPY_COST = 100.0  # below any other token, yet possible where a schema leaves no choice
+PIECE = 32  # tokens of a prompt that are computed together; a prefix is kept in whole pieces
+PREFIX_BYTES = 96 << 20  # of keys and values that one model keeps of earlier prompts
+
+
+class Vocabulary:
+    """What decoding knows of a tokenizer: which tokens end an answer, and which are parts of words."""
+
+    def __init__(self, tokenizer: Any, ends: set[int]) -> None:
+        import torch
+
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.tokenizer = tokenizer
+        self.size = len(tokenizer)
+        self.ends = sorted(ends)
+        self.words = torch.tensor([any(c.isalnum() for c in str(t).lstrip("Ġ▁")) for t in tokens])
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class Writer:
+    """One answer in the making: `ids` and `text`, and whether it ended by itself (end token, stop text, structure).
+
+    `guide` is a matcher of the JSON schema that the answer obeys.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], settings: Settings, seed: int, vocabulary: Vocabulary, guide: Any, model: str
+    ) -> None:
+        import torch
+
+        self.prompt = list(prompt)
+        self.settings = settings
+        self.vocabulary = vocabulary
+        self.guide = guide
+        self.model = model
+        self.ids: list[int] = []
+        self.text = ""
+        self.ended = False
+        self.shown = ""
+        self.random = torch.Generator(device="cpu").manual_seed(seed)
+        self._warp = _warpers(settings)
+        self._copies = _Copies(prompt, settings.no_repeat_ngram) if settings.no_repeat_ngram else None
+        self._seen: Any = None
+
+    @property
+    def done(self) -> bool:
+        return self.ended or len(self.ids) >= self.settings.max_new_tokens
+
+    def write(self, scores: Any) -> list[int]:
+        """Take the next token by its `scores` [1, tokens]; gives it with those that the structure leaves no choice of."""
+        import torch
+
+        self._penalise(scores)
+        if self._copies is not None:
+            scores[:, self._copies.now()] -= COPY_COST
+        if self.guide is not None:
+            mask = torch.frombuffer(bytearray(self.guide.compute_logit_bias()), dtype=torch.uint8)
+            scores.masked_fill_(mask[: self.vocabulary.size] == 0, -torch.inf)
+        elif not self.ids:
+            scores[:, self.vocabulary.ends] = -torch.inf  # an answer is never empty
+        token = _draw(scores, self.settings, self._warp, self.random)
+        fresh = [token]
+        if self.guide is not None:
+            fresh += self._guided(token)
+        if token in self.vocabulary.ends:
+            self.ended = True
+            return []
+        before = len(self.ids) // EMIT_EVERY
+        self.ids += fresh
+        if self._copies is not None:
+            self._copies.add(fresh)
+        if self.settings.stop or len(self.ids) // EMIT_EVERY != before:
+            self.text = self.vocabulary.text(self.ids).lstrip()
+            cut = min((at for at in map(self.text.find, self.settings.stop) if at >= 0), default=None)
+            if cut is not None and self.guide is None:
+                self.text, self.ended = self.text[:cut], True
+        return fresh
+
+    def _guided(self, token: int) -> list[int]:
+        if not self.guide.consume_token(token):
+            raise OutputContractError(f"{self.model}: decoding under the schema failed: {self.guide.get_error()}")
+        forced: list[int] = []
+        if token not in self.vocabulary.ends:
+            forced = self.guide.compute_ff_tokens()[: self.settings.max_new_tokens - len(self.ids) - 1]
+            if forced and not self.guide.consume_tokens(forced):
+                forced = []
+        self.ended = self.guide.is_stopped()
+        return forced
+
+    def _penalise(self, scores: Any) -> None:
+        """Make words that were written before less likely; punctuation stays free, or structure would suffer."""
+        import torch
+
+        penalty = self.settings.repetition_penalty
+        if penalty == 1 or not self.ids:
+            return
+        seen = torch.tensor(sorted(set(self.ids[-PENALTY_WINDOW:])))
+        seen = seen[self.vocabulary.words[seen]]
+        picked = scores[:, seen]
+        scores[:, seen] = torch.where(picked < 0, picked * penalty, picked / penalty)
+
+    def piece(self) -> str:
+        """What is new of the text since the last look, without what may yet turn out to be left out."""
+        text = self.vocabulary.text(self.ids).lstrip()
+        held = max((len(s) - 1 for s in self.settings.stop), default=0)
+        text = text[: len(text) - held].rstrip("\ufffd").rstrip()
+        if self.settings.whole_sentences:
+            text = text[: sentences_end(text)]
+        return self._shown(text)
+
+    def last_piece(self) -> str:
+        """What `piece` has held back of the finished text."""
+        return self._shown(self.text)
+
+    def _shown(self, text: str) -> str:
+        if not text.startswith(self.shown):
+            return ""
+        piece, self.shown = text[len(self.shown) :], text
+        return piece
+
+    def finish(self) -> None:
+        """Make the text whole: as it is under a schema, else trimmed, to its last sentence where that was asked for."""
+        if self.guide is not None:
+            self.text = self.vocabulary.text(self.ids)
+            return
+        if not (self.ended and self.settings.stop and self.text):
+            self.text = self.vocabulary.text(self.ids)
+        self.text = self._cut(self.text.strip())
+        if self.settings.whole_sentences and not self.ended:
+            self.text = whole_sentences(self.text)
+
+    def _cut(self, text: str) -> str:
+        return text[: min((at for at in map(text.find, self.settings.stop) if at >= 0), default=len(text))]
+
+
+class _Copies:
+    """Which token would now repeat `size` tokens in a row of the prompt or the answer."""
+
+    def __init__(self, prompt: Sequence[int], size: int) -> None:
+        self.size = size
+        self.next: dict[tuple[int, ...], set[int]] = {}
+        self.seen: list[int] = []
+        self.add(prompt)
+
+    def add(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if len(self.seen) >= self.size - 1:
+                self.next.setdefault(self._tail(), set()).add(token)
+            self.seen.append(token)
+
+    def now(self) -> list[int]:
+        return sorted(self.next.get(self._tail(), ()))
+
+    def _tail(self) -> tuple[int, ...]:
+        return tuple(self.seen[len(self.seen) - self.size + 1 :])
+
+
+def _warpers(settings: Settings) -> Any:
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    chain = LogitsProcessorList()
+    if settings.temperature > 0:
+        chain.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_p < 1:
+        chain.append(TopPLogitsWarper(settings.top_p))
+    return chain
+
+
+def _draw(scores: Any, settings: Settings, warp: Any, random: Any) -> int:
+    """The next token; the `top_k` are taken first, so that nothing sorts the whole vocabulary."""
+    import torch
+
+    if settings.temperature == 0:
+        return int(scores.argmax())
+    values, ids = scores.topk(min(settings.top_k or scores.shape[1], scores.shape[1]))
+    return int(ids[0, torch.multinomial(warp(None, values).softmax(-1), 1, generator=random)])
+
+
+# ---- what is kept of prompts ------------------------------------------------------------------------------------------
+
+Kept = tuple[list[int], list[tuple[Any, Any]]]
+
+
+class PrefixCache:
+    """Keys and values of the last prompts, at most `limit` bytes, so that a shared beginning is computed once.
+
+    A prompt is computed in pieces of `PIECE` tokens from its begin, with or without this cache, and only whole pieces
+    are taken from it. So each number is the result of the very same computation, and answers are equal to the bit.
+    `key` says what else the numbers depend on: revision of the weights and adapters at work.
+    """
+
+    def __init__(self, limit: int = PREFIX_BYTES) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[tuple[Any, tuple[int, ...]], list[tuple[Any, Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(layers) for layers in self._kept.values())
+
+    def find(self, key: Any, ids: Sequence[int]) -> Kept:
+        """The longest beginning of `ids` in whole pieces that is kept, at least one token short of all, and its layers."""
+        with self._lock:
+            best, owner = 0, None
+            for (kept_key, kept_ids), _ in self._kept.items():
+                if kept_key != key:
+                    continue
+                same = next((i for i, (a, b) in enumerate(zip(kept_ids, ids, strict=False)) if a != b), None)
+                size = min(len(kept_ids), len(ids) - 1) if same is None else same
+                size = min(size, len(ids) - 1) // PIECE * PIECE
+                if size > best:
+                    best, owner = size, (kept_key, kept_ids)
+            if owner is None:
+                return [], []
+            self._kept.move_to_end(owner)
+            return list(ids[:best]), [(k[:, :, :best], v[:, :, :best]) for k, v in self._kept[owner]]
+
+    def keep(self, key: Any, ids: Sequence[int], layers: list[tuple[Any, Any]]) -> None:
+        """Keep a prompt in whole pieces, in place of those that it begins with and of the longest unused."""
+        size = len(ids) // PIECE * PIECE
+        if not size:
+            return
+        whole = tuple(ids[:size])
+        with self._lock:
+            if any(k == key and i[:size] == whole for k, i in self._kept):
+                return
+            for known in [(k, i) for k, i in self._kept if k == key and whole[: len(i)] == i]:
+                del self._kept[known]
+            self._kept[key, whole] = [(k[:, :, :size].clone(), v[:, :, :size].clone()) for k, v in layers]
+            while self._kept and self.nbytes > self.limit:
+                self._kept.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
+
+def _nbytes(layers: list[tuple[Any, Any]]) -> int:
+    return sum(t.numel() * t.element_size() for pair in layers for t in pair)
+
+
+def _layers(cache: Any) -> list[tuple[Any, Any]] | None:
+    """Keys and values of each layer; None for a model that keeps anything else than them of what it has read."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = getattr(cache, "layers", None)
+    if not layers or any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
+        return None
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def _cache_of(model: Any, layers: list[tuple[Any, Any]]) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _stop() -> None:
+    """Raises: AbortRun, RunTimeoutError where the run is to stop."""
+    frame = FRAME.get()
+    if frame is not None:
+        check_stop(frame)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def read_prompt(model: Any, ids: Sequence[int], prefixes: PrefixCache | None, key: Any) -> tuple[Any, Any, int]:
+    """(scores of the next token [1, rows], the model's cache, tokens that needed no computing) of a prompt."""
+    import torch
+
+    device = next(model.parameters()).device
+    known, layers = prefixes.find(key, ids) if prefixes is not None else ([], [])
+    cache = _cache_of(model, layers) if known else None
+    at, out = len(known), None
+    while at < len(ids):
+        _stop()
+        piece = torch.tensor([ids[at : at + PIECE]], device=device)
+        out = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1)
+        cache = out.cache
+        at += piece.shape[1]
+    read = _layers(cache)
+    if prefixes is not None and read is not None:
+        prefixes.keep(key, ids, read)
+    assert out is not None  # a prompt is never empty, and the last token is always computed
+    return out.logits[:, -1], cache, len(known)
+
+
+def decode(
+    model: Any, writer: Writer, prefixes: PrefixCache | None, key: Any, tell: Callable[[Writer], None]
+) -> Generator[str, None, int]:
+    """Write one answer to its end: yields pieces of text, returns how many tokens of the prompt were known already.
+
+    `tell` is called every few tokens, and may stop all by an exception.
+    """
+    import torch
+
+    device, words = next(model.parameters()).device, writer.vocabulary.size
+    with torch.no_grad():
+        scores, cache, known = read_prompt(model, writer.prompt, prefixes, key)
+    while True:
+        before = len(writer.ids) // EMIT_EVERY
+        with torch.no_grad():  # models may have more rows than tokens
+            fresh = writer.write(scores[:, :words].float().cpu())
+        if len(writer.ids) // EMIT_EVERY != before:
+            tell(writer)
+        if writer.done:
+            break
+        if len(writer.ids) // EMIT_EVERY != before and (piece := writer.piece()):
+            yield piece
+        _stop()
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([fresh], device=device), cache=cache, use_cache=True, logits_to_keep=1)
+        cache, scores = out.cache, out.logits[:, -1]
+    writer.finish()
+    if piece := writer.last_piece():
+        yield piece
+    return known
+
+
+def decode_batch(
+    model: Any, writers: Sequence[Writer], prefixes: PrefixCache | None, key: Any, tell: Callable[[Writer], None]
+) -> list[int] | None:
+    """Write answers together, padded on the left; what one is does not depend on the others but for rounding.
+
+    Returns the known tokens of each prompt; None, with nothing written, for a model whose cache cannot be padded.
+    """
+    import torch
+
+    device, words = next(model.parameters()).device, writers[0].vocabulary.size
+    rows = list(writers)
+    known: list[int] = []
+    read: list[list[tuple[Any, Any]]] = []
+    scores: list[Any] = []
+    with torch.no_grad():
+        for writer in rows:
+            score, cache, cached = read_prompt(model, writer.prompt, prefixes, key)
+            layers = _layers(cache)
+            if layers is None:
+                return None
+            known.append(cached)
+            read.append(layers)
+            scores.append(score[0])
+        sizes = [len(writer.prompt) for writer in rows]
+        longest = max(sizes)
+        cache = _cache_of(model, [_padded([r[i] for r in read], longest) for i in range(len(read[0]))])
+        del read
+        mask = torch.tensor([[0] * (longest - size) + [1] * size for size in sizes], device=device)
+        waiting: list[list[int]] = [[] for _ in rows]  # tokens that the structure leaves no choice of come one by one
+        while True:
+            for row, writer in enumerate(rows):
+                if not waiting[row] and not writer.done:
+                    before = len(writer.ids) // EMIT_EVERY
+                    waiting[row] = writer.write(scores[row][None, :words].float().cpu())
+                    if len(writer.ids) // EMIT_EVERY != before:
+                        tell(writer)
+            going = [row for row, writer in enumerate(rows) if not writer.done]
+            if not going:
+                break
+            if len(going) < len(rows):
+                index = torch.tensor(going, device=device)
+                cache.batch_select_indices(index)
+                rows, sizes, waiting = ([x[row] for row in going] for x in (rows, sizes, waiting))
+                mask = mask[index]
+            _stop()
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            fed = torch.tensor([[tokens.pop(0)] for tokens in waiting], device=device)
+            places = torch.tensor([[size] for size in sizes], device=device)
+            out = model(
+                input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1, attention_mask=mask, position_ids=places
+            )
+            cache, scores = out.cache, list(out.logits[:, -1])
+            sizes = [size + 1 for size in sizes]
+    for writer in writers:
+        writer.finish()
+    return known
+
+
+def _padded(pairs: Sequence[tuple[Any, Any]], size: int) -> tuple[Any, Any]:
+    from torch.nn.functional import pad
+
+    def joined(tensors: list[Any]) -> Any:
+        import torch
+
+        return torch.cat([pad(t, (0, 0, size - t.shape[-2], 0)) for t in tensors])
+
+    return joined([k for k, _ in pairs]), joined([v for _, v in pairs])
