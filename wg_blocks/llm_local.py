@@ -299,7 +299,7 @@ class CausalLM(ModuleBlock):
                 writers.append(self._writer(one.prompt, room, seed, schema))
             started = time.perf_counter()
             with ExitStack() as budget:
-                held = [budget.enter_context(self._hold(writer)) for writer in writers]
+                held = [budget.enter_context(self._budgeted(writer)) for writer in writers]
                 known = yield from self._write(writers, pieces=len(chats) == 1 and schema is None)
                 seconds = (time.perf_counter() - started) / len(left)
                 for one, writer, cached, hold in zip(left, writers, known, held, strict=True):
@@ -326,7 +326,7 @@ class CausalLM(ModuleBlock):
             )
         return _Asked(chat, prompt, seed, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
 
-    def _hold(self, writer: Writer) -> Any:
+    def _budgeted(self, writer: Writer) -> Any:
         tokens = len(writer.prompt) + writer.settings.max_new_tokens
         return current_context().hold(self.checkpoint_ref, tokens=tokens)
 
