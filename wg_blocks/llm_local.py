@@ -28,7 +28,6 @@ from wg_core.errors import (
     PortValueError,
 )
 from wg_core.execution.context import derive_seed, drained
-from wg_core.weights.lora import applies
 from wg_core.weights.module import ModuleBlock
 
 if TYPE_CHECKING:
@@ -444,11 +443,9 @@ class CausalLM(ModuleBlock):
         """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already."""
         context, model = current_context(), self.module
         prefixes = None if self.training else self._prefixes
-        key = (
-            self.model_revision,
-            self._versions(),
-            *((a, a._versions()) for a in self.adapters if applies(a, a.when, a._managed)),
-        )
+        adapters = (a for a in self.adapters if a.works())
+        at_work = ((a, *(a._built or {}).values(), a._versions()) for a in adapters)
+        key = (self.model_revision, self._versions(), *at_work)
 
         def tell(writer: Writer) -> None:
             text = writer.vocabulary.text(writer.ids[-EMIT_EVERY:])
