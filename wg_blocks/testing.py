@@ -107,9 +107,11 @@ def _check_ports(block: Block) -> None:
     ports = (*block.input_ports, *block.output_ports)
     _need(len({p.name for p in ports}) == len(ports), block, "a port name occurs twice")
     _need(
-        type(block).forward is not Block.forward or not block.output_ports,
+        type(block).forward is not Block.forward
+        or type(block).stream_forward is not Block.stream_forward
+        or not block.output_ports,
         block,
-        "it has outputs but no forward; implement forward(self, inputs) -> dict",
+        "it has outputs but no forward; implement forward(self, inputs) -> dict, or stream_forward",
     )
     _need(block.port_index is block.port_index, block, "its ports change from look to look; set `ports` once")
     _need(not role_issues(block), block, "; ".join(role_issues(block)))
