@@ -10,13 +10,13 @@ from typing import Any
 
 from wg_blocks.json_schema import problems
 from wg_blocks.prompt import Message, context_items
-from wg_core import Block
+from wg_core import Block, Port
 from wg_core.assembly.roles import Agent
 from wg_core.errors import ConfigError, OutputContractError, StateDictError
 from wg_core.execution.agent import ToolSpec
 from wg_core.structure.port import kind_of
 
-SESSION = ("session.messages", "session.number", "session.calls", "session.tokens")
+SESSION = ("session.messages", "session.number", "session.calls", "session.tokens", "session.trail")
 _ROLES = ("user", "assistant", "tool")
 
 
@@ -28,14 +28,23 @@ class LLMAgent(Agent):
     `params` go to each call of the model.
 
     The session keeps at most `history` messages of `history_chars` characters together, the request that is worked on
-    always among them. After `max_calls` tool calls, or `max_tokens` tokens, in one request the model may only answer.
-    A tool's result is told in at most `result_chars` characters. With `memory: run` every request begins anew.
+    always among them. Before `min_calls` tool calls in one request the model may not answer, which makes small models
+    look before they speak; after `max_calls`, or `max_tokens` tokens, it may only answer. A tool's result is told in at
+    most `result_chars` characters. With `memory: run` every request begins anew.
+
+    `status` says how the request ended: `{ended, calls, tokens, trail}`, where `ended` is `answer`, or `calls` or
+    `tokens` if that limit left only the answer, and `trail` lists the calls as `{call_id, tool_id, arguments, error?}`.
 
     Raises: ConfigError for a bad setting, a model block without the ports of a language model, or tools with a model
     that takes no schema; OutputContractError for an answer that breaks the schema.
     """
 
-    ports = Agent.ports
+    ports = (
+        *Agent.ports[:3],
+        Port("schema", "in", "dict", True, description="JSON schema that the answer obeys; the response is then that object"),
+        *Agent.ports[3:],
+        Port("status", "out", "dict", True, description="how the request ended, and which tools were called"),
+    )
 
     def __init__(
         self,
@@ -48,6 +57,7 @@ class LLMAgent(Agent):
         history_chars: int = 8000,
         result_chars: int = 1200,
         answer_chars: int = 600,
+        min_calls: int = 0,
         max_calls: int = 6,
         max_tokens: int | None = None,
         params: Mapping[str, Any] | None = None,
@@ -60,6 +70,8 @@ class LLMAgent(Agent):
         for name, value in {**limits, "max_calls": max_calls, "max_tokens": max_tokens}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"agent/llm: {name} is a whole number >= 1, not {value!r}")
+        if isinstance(min_calls, bool) or not isinstance(min_calls, int) or not 0 <= min_calls <= max_calls:
+            raise ConfigError(f"agent/llm: min_calls is a whole number from 0 to max_calls ({max_calls}), not {min_calls!r}")
         self.llm = build(llm)
         index = self.llm.port_index
         if "prompt" not in index.inputs or "text" not in index.outputs:
@@ -70,6 +82,7 @@ class LLMAgent(Agent):
         self.tools = list(tools) if tools is not None else None
         self.memory = memory
         self.limits = limits
+        self.min_calls = min_calls
         self.max_calls = max_calls
         self.max_tokens = max_tokens
         self.params = dict(params or {})
@@ -81,6 +94,7 @@ class LLMAgent(Agent):
     def reset_session(self) -> None:
         """Forget all messages."""
         self.messages: list[dict[str, Any]] = []
+        self.trail: list[dict[str, Any]] = []
         self.number = self.calls = self.tokens = 0
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -91,11 +105,16 @@ class LLMAgent(Agent):
             if self.memory == "run":
                 self.reset_session()
             self.calls = self.tokens = 0
+            self.trail = []
             self.messages += _request(inputs["context"])
         else:
             self.messages += [{"role": "tool", "content": self._told(result)} for result in results]
+            failed = {result["call_id"]: result["error"] for result in results if "error" in result}
+            for call in self.trail:
+                if call["call_id"] in failed:
+                    call["error"] = str(failed[call["call_id"]])
         self._forget()
-        schema = self._schema()
+        schema = self._schema(inputs.get("schema"))
         outputs = self.llm.forward(self._asked(inputs.get("system"), schema))
         if outputs.__class__ is not dict and inspect.isawaitable(outputs):
             return self._later(outputs, schema)
@@ -126,34 +145,52 @@ class LLMAgent(Agent):
             asked["params"] = copy.deepcopy(self.params)
         return asked
 
-    def _schema(self) -> dict[str, Any] | None:
-        """What the model may say now: a call of a tool or an answer; only that once its budget is used up."""
+    def _schema(self, wanted: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """What the model may say now: calls of tools, and unless some must come first an answer, in the form `wanted`."""
         if not self.bound:
-            return None
-        answer = {"type": "string", "minLength": 1, "maxLength": self.limits["answer_chars"]}
-        forms = [_object({"answer": answer})]
-        spent = self.max_tokens is not None and self.tokens >= self.max_tokens
-        if self.calls < self.max_calls and not spent:
-            forms = [
-                *(_object({"tool": {"type": "string", "const": t.id}, "arguments": copy.deepcopy(dict(t.parameters))}) for t in self.bound),
-                *forms,
-            ]
-        return forms[0] if len(forms) == 1 else {"anyOf": forms}
+            return copy.deepcopy(dict(wanted)) if wanted is not None else None
+        answer: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": self.limits["answer_chars"]}
+        if wanted is not None:
+            answer = copy.deepcopy(dict(wanted))
+        shared = answer.pop("$defs", None)
+        forms: list[dict[str, Any]] = []
+        if not self._spent():
+            for tool in self.bound:
+                arguments = copy.deepcopy(dict(tool.parameters))
+                forms.append(_object({"tool": {"type": "string", "const": tool.id}, "arguments": arguments}))
+        if not forms or self.calls >= self.min_calls:
+            forms.append(_object({"answer": answer}))
+        schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+        return {**schema, "$defs": shared} if shared else schema
+
+    def _spent(self) -> str:
+        """The limit that leaves the model only the answer, if one does."""
+        if self.calls >= self.max_calls:
+            return "calls"
+        return "tokens" if self.max_tokens is not None and self.tokens >= self.max_tokens else ""
 
     def _answer(self, outputs: Mapping[str, Any], schema: dict[str, Any] | None) -> dict[str, Any]:
+        limit = self._spent() if self.bound else ""
         used: Any = outputs.get("usage") or {}
         self.tokens += sum(int(used.get(k) or 0) for k in ("prompt_tokens", "completion_tokens"))
         text = str(outputs["text"])
         if schema is None:
             self.messages.append({"role": "assistant", "content": text})
-            return {"response": text}
+            return {"response": text, "status": self._status(limit)}
         said = _parsed(outputs.get("data"), text, schema, self.name)
         self.messages.append({"role": "assistant", "content": json.dumps(said, ensure_ascii=False)})
+        if not self.bound:
+            return {"response": said, "status": self._status(limit)}
         if "answer" in said:
-            return {"response": said["answer"]}
+            return {"response": said["answer"], "status": self._status(limit)}
         self.calls += 1
         self.number += 1
-        return {"tool_calls": [{"call_id": f"call_{self.number}", "tool_id": said["tool"], "arguments": said["arguments"]}]}
+        call = {"call_id": f"call_{self.number}", "tool_id": said["tool"], "arguments": said["arguments"]}
+        self.trail.append(copy.deepcopy(call))
+        return {"tool_calls": [call]}
+
+    def _status(self, limit: str) -> dict[str, Any]:
+        return {"ended": limit or "answer", "calls": self.calls, "tokens": self.tokens, "trail": copy.deepcopy(self.trail)}
 
     def head(self, tools: Sequence[ToolSpec], system: str | None = None) -> str:
         """What stands before every conversation: the system texts, and how to use the tools."""
@@ -188,18 +225,21 @@ class LLMAgent(Agent):
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def own_state_dict(self) -> dict[str, Any]:
-        return dict(zip(SESSION, (copy.deepcopy(self.messages), self.number, self.calls, self.tokens), strict=True))
+        session = (copy.deepcopy(self.messages), self.number, self.calls, self.tokens, copy.deepcopy(self.trail))
+        return dict(zip(SESSION, session, strict=True))
 
     def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
-        messages, *counts = (state[key] for key in SESSION)
+        messages, *counts, trail = (state[key] for key in SESSION)
         good = isinstance(messages, list) and all(
             isinstance(m, Mapping) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in messages
         )
+        good = good and isinstance(trail, list) and all(isinstance(call, Mapping) and "call_id" in call for call in trail)
         if not good or not all(type(n) is int and n >= 0 for n in counts):
             raise StateDictError(
-                f"block {self.name!r}: session.messages is a list of {{role, content}}; the other values are whole numbers"
+                f"block {self.name!r}: session.messages is a list of {{role, content}}, session.trail one of calls; the other "
+                "values are whole numbers"
             )
-        self.messages = copy.deepcopy(messages)
+        self.messages, self.trail = copy.deepcopy(messages), copy.deepcopy(trail)
         self.number, self.calls, self.tokens = counts
 
 
@@ -253,5 +293,7 @@ def _argument(name: str, schema: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A result as the model reads it; what is no text or JSON value is named by its kind."""
+    """A result as the model reads it: passages one a line, else JSON; what is no JSON value is named by its kind."""
+    if isinstance(value, list) and value and all(isinstance(v, Mapping) and isinstance(v.get("text"), str) for v in value):
+        return "".join(f"\n- {v['text']}" for v in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=kind_of)

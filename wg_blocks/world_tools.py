@@ -10,6 +10,7 @@ from wg_core.assembly.roles import Tool
 from wg_core.errors import ToolError, did_you_mean
 
 MAX_ITEMS = 20
+MAX_NAMES = 64
 KINDS = ("entity", "place", "term", "rule")
 
 _WORLD = Port("world", "in", "world", description="the view of the world; the graph feeds it")
@@ -38,33 +39,52 @@ class SearchContent(Tool):
 class ReadEntity(Tool):
     """Reads all that is known about one character, place, term or rule, by its id or name.
 
-    Raises: ToolError naming near ids where there is none.
+    Of a world with few names the agent is told which there are. Raises: ToolError naming near ids where there is none.
     """
 
     ports = (
         _WORLD,
         Port("id", "in", "text", schema={"type": "string", "minLength": 1}, description="its id or name"),
-        Port("kind", "in", "text", default="entity", schema={"type": "string", "enum": list(KINDS)}),
+        Port("kind", "in", "text", True, schema={"type": "string", "enum": list(KINDS)}, description="any without it"),
         Port("result", "out", "dict", description="{id, kind, retired, fields}"),
     )
 
+    def narrowed(self, parameters: Mapping[str, Any], fed: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments' schema with the names that the fed world has, if they are few."""
+        names = list(dict.fromkeys(name for kind in KINDS[:3] for name in _named(fed["world"], kind)))
+        if not 0 < len(names) <= MAX_NAMES or "id" not in parameters["properties"]:
+            return parameters
+        properties = parameters["properties"]
+        return {**parameters, "properties": {**properties, "id": {**properties["id"], "enum": names}}}
+
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        world, kind, wanted = inputs["world"], inputs["kind"], inputs["id"]
-        record = world.read(kind, wanted) or _named(world, kind, wanted)
+        world, wanted = inputs["world"], inputs["id"]
+        kinds = [inputs["kind"]] if "kind" in inputs else KINDS
+        found = (world.read(kind, wanted) or world.read(kind, _match(world, kind, wanted)) for kind in kinds)
+        record = next(filter(None, found), None)
+        if record is None:
+            what = kinds[0] if len(kinds) == 1 else "record"
+            raise ToolError(f"there is no {what} {wanted!r}; {did_you_mean(wanted, [i for k in kinds for i in _ids(world, k)])}")
         return {"result": {key: record[key] for key in ("id", "kind", "retired", "fields") if key in record}}
 
 
-def _named(world: Any, kind: str, wanted: str) -> Mapping[str, Any]:
-    ids = {"entity": world.entity_ids, "place": world.place_ids, "term": world.term_ids}.get(kind, [])
-    names: dict[str, str] = {}
-    for found in ids:
-        record = world.read(kind, found)
-        names.setdefault(str(record["fields"].get("name") or found).casefold(), found)
-        names.setdefault(found.casefold(), found)
-    match = names.get(wanted.strip().casefold())
-    if match is None:
-        raise ToolError(f"there is no {kind} {wanted!r}; {did_you_mean(wanted, ids)}")
-    return world.read(kind, match)
+def _ids(world: Any, kind: str) -> list[str]:
+    return {"entity": world.entity_ids, "place": world.place_ids, "term": world.term_ids}.get(kind, [])
+
+
+def _named(world: Any, kind: str) -> dict[str, str]:
+    """Id by name and by id."""
+    found: dict[str, str] = {}
+    for each in _ids(world, kind):
+        name = str(world.read(kind, each)["fields"].get("name") or each)
+        found.setdefault(name, each)
+        found.setdefault(each, each)
+    return found
+
+
+def _match(world: Any, kind: str, wanted: str) -> str:
+    plain = wanted.strip().casefold()
+    return next((each for name, each in _named(world, kind).items() if name.casefold() == plain), "")
 
 
 class ReadChronicle(Tool):

@@ -58,8 +58,10 @@ def test_an_entity_is_read_by_id_or_name(view: Any) -> None:
     assert ada["fields"]["description"] == "Keeper of the lamp."
     assert tool("read_entity", world=view, id=" ADA lund ") == ada
     assert tool("read_entity", world=view, id="old tower", kind="place")["id"] == "tower"
-    assert tool("read_entity", world=view, id="tide", kind="term")["id"] == "tide"
-    with pytest.raises(ToolError, match="no entity 'adda'; did you mean 'ada'"):
+    assert tool("read_entity", world=view, id="tide")["id"] == "tide", "of any kind, where none is named"
+    with pytest.raises(ToolError, match="no entity 'tide'"):
+        tool("read_entity", world=view, id="tide", kind="entity")
+    with pytest.raises(ToolError, match="no record 'adda'; did you mean 'ada'"):
         tool("read_entity", world=view, id="adda")
     with pytest.raises(ToolError, match="no rule"):
         tool("read_entity", world=view, id="none", kind="rule")

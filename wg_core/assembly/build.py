@@ -129,13 +129,29 @@ def _block(graph: ExecutableGraph[Block], entry: NodeEntry, build: Build) -> Blo
             )
         return graph.nodes[entry.shares].child
     if entry.model is not None:
-        model = build.models.get(entry.model)
-        if model is None:
-            raise NodeError(
-                f"node {entry.node_id!r} names model {entry.model!r}; {did_you_mean(entry.model, build.models)}"
-            )
-        return build.registry.build({"block_type": model.block_type, "config": model.config}, pool=build.pool)
-    return build.registry.build({"block_type": entry.block_type, "config": entry.config}, pool=build.pool)
+        return build.registry.build(_model(entry.node_id, entry.model, build), pool=build.pool)
+    config = _with_models(entry.node_id, entry.config, build) if build.models else entry.config
+    return build.registry.build({"block_type": entry.block_type, "config": config}, pool=build.pool)
+
+
+def _model(node_id: str, name: str, build: Build) -> dict[str, Any]:
+    """The block that a named model is."""
+    model = build.models.get(name)
+    if model is None:
+        raise NodeError(f"node {node_id!r} names model {name!r}; {did_you_mean(name, build.models)}")
+    return {"block_type": model.block_type, "config": model.config}
+
+
+def _with_models(node_id: str, value: Any, build: Build) -> Any:
+    """A block's config in which `{model: NAME}` stands for a part of the block: the named model's block."""
+    if isinstance(value, dict):
+        mapping = cast("dict[str, Any]", value)
+        if mapping.keys() == {"model"} and isinstance(mapping["model"], str):
+            return _model(node_id, mapping["model"], build)
+        return {k: _with_models(node_id, v, build) for k, v in mapping.items()}
+    if isinstance(value, list):
+        return [_with_models(node_id, v, build) for v in cast("list[Any]", value)]
+    return value
 
 
 def fill_level(

@@ -10,7 +10,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +30,7 @@ from wg_core.execution.block import Block, check_kinds, check_outputs
 from wg_core.execution.context import FRAME, Frame, check_stop
 from wg_core.execution.drive import Result, Session, drive
 from wg_core.execution.plan import Call
+from wg_core.execution.together import Beside, side_by_side
 from wg_core.structure.port import UNSET, Port
 
 if TYPE_CHECKING:
@@ -126,7 +127,21 @@ class _Use:
     tool: Tool
     op: Call
     defaults: dict[str, Any] = field(default_factory=dict[str, Any])
+    narrowed: Any = None  # the block's own word on its arguments, if it has one
     validator: Any = None
+
+    def told(self, given: Mapping[str, Any]) -> ToolSpec:
+        """What this run's agent is told: the block may narrow its arguments by what the graph feeds it."""
+        fed = self.fed(given)
+        if not callable(self.narrowed) or not set(self.tool.fed) <= fed.keys():
+            return self.tool.spec
+        parameters = self.narrowed(self.tool.spec.parameters, fed)
+        return replace(self.tool.spec, parameters=cast("Mapping[str, Any]", parameters))
+
+    def fed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs that the graph gives, by port."""
+        prefix = f"{self.tool.node_id}."
+        return {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
 
     def inputs(self, arguments: Any, given: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
         """The node's inputs in a call. Raises: ToolError for arguments that the tool does not take."""
@@ -139,8 +154,7 @@ class _Use:
             takes = ", ".join(spec.parameters.get("properties", {})) or "nothing"
             raise ToolError(f"bad arguments for {spec.id!r}: {'; '.join(wrong)}; it takes {takes}")
         ports = self.op.ports.inputs
-        prefix = f"{self.tool.node_id}."
-        inputs = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+        inputs = self.fed(given)
         inputs |= {k: copy.deepcopy(v) for k, v in self.defaults.items() if k not in chosen and k not in inputs}
         inputs |= {k: _referred(ports[k], v, results) for k, v in chosen.items()}
         missing = [name for name, port in ports.items() if port.required and name not in inputs]
@@ -190,7 +204,8 @@ class AgentLoop:
             node = graph.nodes[tool.node_id]
             values = {n: node.defaults.get(n, p.default) for n, p in call.ports.inputs.items() if n not in tool.fed}
             guarded = Call(tool.node_id, _guarded(call.call, tool.timeout), call.ports)
-            self.uses[tool.spec.id] = _Use(tool, guarded, {n: v for n, v in values.items() if v is not UNSET})
+            narrowed = getattr(node.child, "narrowed", None) if tool.fed else None
+            self.uses[tool.spec.id] = _Use(tool, guarded, {n: v for n, v in values.items() if v is not UNSET}, narrowed)
 
     def tools(self) -> dict[str, Any]:
         """The nodes that the agent may call, by tool id."""
@@ -202,6 +217,9 @@ class AgentLoop:
     def session(self, inputs: dict[str, Any]) -> Session:
         """The turns of one run, for a driver; gives the agent's outputs once it calls no tool.
 
+        The graph's metadata may bound a run in time (`max_agent_seconds`, looked at between turns), and let the calls of
+        one turn run side by side, so many at once (`parallel_tools`); else they run in their order.
+
         Raises: AgentStepLimitError, OutputContractError for calls of a wrong form, what the agent raises, and with
         `tool_errors="raise"` what a tool raises.
         """
@@ -209,109 +227,184 @@ class AgentLoop:
         own = {k: v for k, v in inputs.items() if "." not in k}
         if frame.options.dry_run:
             return cast(Result, (yield self.op, own))
-        limit = self._limit(frame)
-        raising = self._option(frame, "tool_errors", "result") == "raise"
+        turns = _whole_number("max_agent_steps", self._option(frame, "max_agent_steps", AGENT_STEPS), frame)
+        at_once = _whole_number("parallel_tools", self.graph.metadata.get("parallel_tools", 1), frame)
+        seconds = self.graph.metadata.get("max_agent_seconds")
+        due = None if seconds is None else time.monotonic() + seconds
         bind = getattr(self.block, "bind_tools", None)
         if callable(bind):
-            bind([use.tool.spec for use in self.uses.values()])
+            bind([use.told(inputs) for use in self.uses.values()])
         agent, before = self.op.node_id, frame.turn
-        made: dict[str, Any] = {}
-        number = 0
+        run = _Run(self, inputs, frame, before, self._option(frame, "tool_errors", "result") == "raise")
         calls: list[dict[str, Any]] = []
+        limit = f"{turns} steps"
         try:
-            for turn in range(limit):
+            for turn in range(turns):
                 frame.turn = before + turn
                 check_stop(frame)
+                if due is not None and time.monotonic() > due:
+                    limit = f"{seconds} s"
+                    break
                 outputs = _whole(self.op, (yield self.op, own), frame)
                 calls = _calls(outputs, turn, f"{frame.path}/{agent}")
                 if not calls:
                     return {k: v for k, v in outputs.items() if k != "tool_calls"}
-                results: list[dict[str, Any]] = []
-                for call in calls:
-                    number += 1
-                    frame.turn = before + number
-                    answer = yield from self._use(call, inputs, made, frame, raising)
-                    if "error" not in answer:
-                        made[call["call_id"]] = answer["result"]
-                    results.append(answer)
-                    frame.node_id = agent
+                results = yield from (run.in_order(calls) if at_once == 1 else run.together(calls, at_once))
                 own = {**own, "tool_results": results}
         finally:
             frame.node_id, frame.turn = agent, before
         wanted = ", ".join(repr(call["tool_id"]) for call in calls)
         raise AgentStepLimitError(
-            f"{frame.path}/{agent} gave no answer in {limit} steps and wanted {wanted} next; "
-            "allow more with max_agent_steps, or look at its tool results"
+            f"{frame.path}/{agent} gave no answer in {limit} and wanted {wanted} next; "
+            "allow more with max_agent_steps or max_agent_seconds, or look at its tool results"
         )
-
-    def _use(
-        self, call: Mapping[str, Any], given: Mapping[str, Any], made: Mapping[str, Any], frame: Frame, raising: bool
-    ) -> Generator[tuple[Call, dict[str, Any]], Result | None, dict[str, Any]]:
-        """One call of a tool: `{call_id, tool_id, result}`, or `error` in place of the result."""
-        use = self.uses.get(call["tool_id"])
-        node_id = use.op.node_id if use is not None else self.op.node_id
-        about = {"tool_id": call["tool_id"], "call_id": call["call_id"]}
-        said = {**about, "agent": self.op.node_id}
-        frame.node_id = node_id
-        check_stop(frame)
-        started = time.perf_counter()
-        frame.emit("tool_start", node_id=node_id, iteration=frame.iteration, inputs=call["arguments"], data=said)
-        value: Any = None
-        failed: Exception | None = None
-        try:
-            if use is None:
-                known = ", ".join(map(repr, self.uses)) or "there are none"
-                raise ToolError(f"there is no tool {call['tool_id']!r}; tools: {known}")
-            inputs = use.inputs(call["arguments"], given, made)
-            if frame.options.strict_types:
-                check_kinds(f"{frame.path}/{node_id}", use.op.ports.inputs, inputs)
-        except WGError as error:
-            failed, inputs = error, {}
-        if use is not None and failed is None:
-            end, timeout = frame.deadline, use.tool.timeout
-            if timeout is not None:
-                due = time.monotonic() + timeout
-                frame.deadline = due if end is None else min(due, end)
-            try:
-                outputs = yield use.op, inputs
-                late = timeout is not None and time.monotonic() > cast(float, frame.deadline)
-            finally:
-                frame.deadline = end
-            try:
-                outputs = _whole(use.op, outputs, frame)
-                value = outputs.get(use.tool.result)
-                if frame.options.capture:
-                    at = f"{frame.node_path}{node_id}:"
-                    frame.root.captured.update({f"{at}{port}": v for port, v in outputs.items()})
-            except Exception as error:
-                failed = error
-            if late or (timeout is not None and isinstance(failed, (RunTimeoutError, TimeoutError))):
-                check_stop(frame)
-                failed = ToolError(f"{call['tool_id']!r} took longer than its timeout of {timeout} s")
-        text = None if failed is None else _told(failed)
-        elapsed = time.perf_counter() - started
-        frame.emit(
-            "tool_end", node_id=node_id, iteration=frame.iteration, inputs=call["arguments"],
-            outputs={"result": value} if text is None else {}, elapsed=elapsed,
-            data=said if text is None else {**said, "error": text},
-        )  # fmt: skip
-        if failed is not None:
-            if _stops(failed) or (raising and isinstance(failed, NodeExecutionError)):
-                raise failed
-            if raising:
-                raise NodeExecutionError(f"{frame.path}/{node_id}, called as tool {call['tool_id']!r}: {text}") from failed
-            return {**about, "error": text}
-        return {**about, "result": value}
 
     def _option(self, frame: Frame, name: str, default: Any) -> Any:
         asked = getattr(frame.options, name)
         return asked if asked is not None else self.graph.metadata.get(name, default)
 
-    def _limit(self, frame: Frame) -> int:
-        limit = self._option(frame, "max_agent_steps", AGENT_STEPS)
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise PortValueError(f"{frame.path}: max_agent_steps is a whole number >= 1, not {limit!r}")
-        return limit
+
+@dataclass(slots=True)
+class _Called:
+    """A call of a tool on its way: what is called with which inputs, or why it cannot be."""
+
+    tool_id: str
+    call_id: str
+    arguments: Any
+    node_id: str
+    turn: int
+    use: _Use | None
+    inputs: dict[str, Any]
+    failed: Exception | None
+    began: float
+
+    @property
+    def said(self) -> dict[str, str]:
+        return {"tool_id": self.tool_id, "call_id": self.call_id}
+
+
+class _Run:
+    """The tool calls of one run of an agent; every turn gives their results, in the order of the calls."""
+
+    def __init__(
+        self, loop: AgentLoop, given: Mapping[str, Any], frame: Frame, turn: int, raising: bool
+    ) -> None:
+        self.agent, self.uses, self.given, self.frame = loop.op, loop.uses, given, frame
+        self.turn, self.raising = turn, raising
+        self.made: dict[str, Any] = {}
+
+    def in_order(self, calls: Sequence[Mapping[str, Any]]) -> Generator[tuple[Call, dict[str, Any]], Any, list[Result]]:
+        results: list[Result] = []
+        for call in calls:
+            called = self._begin(call)
+            outputs: Any = None
+            late = False
+            if called.use is not None and called.failed is None:
+                end = self.frame.deadline
+                self.frame.deadline = due = _sooner(end, called.use.tool.timeout)
+                try:
+                    outputs = yield called.use.op, called.inputs
+                    late = due is not None and time.monotonic() > due
+                finally:
+                    self.frame.deadline = end
+            results.append(self._end(called, outputs, late))
+            self.frame.node_id = self.agent.node_id
+        return results
+
+    def together(
+        self, calls: Sequence[Mapping[str, Any]], at_once: int
+    ) -> Generator[tuple[Call, dict[str, Any]], Any, list[Result]]:
+        """The same side by side: what one call makes is there for the next turn, not for the other calls."""
+        frame = self.frame
+        begun = [self._begin(call) for call in calls]
+        beside = {
+            i: Beside(c.node_id, c.use.op.call, c.inputs, c.turn, _sooner(frame.deadline, c.use.tool.timeout))
+            for i, c in enumerate(begun)
+            if c.use is not None and c.failed is None
+        }
+        frame.node_id = self.agent.node_id
+        if beside:
+            yield Call(self.agent.node_id, lambda _: side_by_side([*beside.values()], at_once, frame), self.agent.ports), {}
+        results: list[Result] = []
+        for i, called in enumerate(begun):
+            side = beside.get(i)
+            if side is None:
+                results.append(self._end(called, None, False))
+                continue
+            called.began = time.perf_counter() - side.seconds
+            results.append(self._end(called, side.outputs, side.late))
+        frame.node_id = self.agent.node_id
+        return results
+
+    def _begin(self, call: Mapping[str, Any]) -> _Called:
+        """A call, checked and with its inputs. Raises: AbortRun, RunTimeoutError where the run is to stop."""
+        frame, use = self.frame, self.uses.get(call["tool_id"])
+        node_id = use.op.node_id if use is not None else self.agent.node_id
+        self.turn += 1
+        frame.node_id, frame.turn = node_id, self.turn
+        check_stop(frame)
+        called = _Called(
+            call["tool_id"], call["call_id"], call["arguments"], node_id, self.turn, use, {}, None, time.perf_counter()
+        )
+        frame.emit(
+            "tool_start", node_id=node_id, iteration=frame.iteration, inputs=called.arguments,
+            data={**called.said, "agent": self.agent.node_id},
+        )  # fmt: skip
+        try:
+            if use is None:
+                known = ", ".join(map(repr, self.uses)) or "there are none"
+                raise ToolError(f"there is no tool {called.tool_id!r}; tools: {known}")
+            called.inputs = use.inputs(called.arguments, self.given, self.made)
+            if frame.options.strict_types:
+                check_kinds(f"{frame.path}/{node_id}", use.op.ports.inputs, called.inputs)
+        except WGError as error:
+            called.failed, called.inputs = error, {}
+        return called
+
+    def _end(self, called: _Called, outputs: Any, late: bool) -> Result:
+        """`{call_id, tool_id, result}`, or `error` in place of the result."""
+        frame, use, failed = self.frame, called.use, called.failed
+        frame.node_id, frame.turn = called.node_id, called.turn
+        value: Any = None
+        if use is not None and failed is None:
+            timeout = use.tool.timeout
+            try:
+                whole = _whole(use.op, outputs, frame)
+                value = whole.get(use.tool.result)
+                if frame.options.capture:
+                    at = f"{frame.node_path}{called.node_id}:"
+                    frame.root.captured.update({f"{at}{port}": v for port, v in whole.items()})
+            except Exception as error:
+                failed = error
+            if timeout is not None and (late or isinstance(failed, (RunTimeoutError, TimeoutError))):
+                check_stop(frame)
+                failed = ToolError(f"{called.tool_id!r} took longer than its timeout of {timeout} s")
+        text = None if failed is None else _told(failed)
+        data = {**called.said, "agent": self.agent.node_id}
+        frame.emit(
+            "tool_end", node_id=called.node_id, iteration=frame.iteration, inputs=called.arguments,
+            outputs={"result": value} if text is None else {}, elapsed=time.perf_counter() - called.began,
+            data=data if text is None else {**data, "error": text},
+        )  # fmt: skip
+        if failed is None:
+            self.made[called.call_id] = value
+            return {**called.said, "result": value}
+        if _stops(failed) or (self.raising and isinstance(failed, NodeExecutionError)):
+            raise failed
+        if self.raising:
+            raise NodeExecutionError(f"{frame.path}/{called.node_id}, called as tool {called.tool_id!r}: {text}") from failed
+        return {**called.said, "error": text}
+
+
+def _sooner(end: float | None, timeout: float | None) -> float | None:
+    due = None if timeout is None else time.monotonic() + timeout
+    return due if end is None else end if due is None else min(due, end)
+
+
+def _whole_number(name: str, value: Any, frame: Frame) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PortValueError(f"{frame.path}: {name} is a whole number >= 1, not {value!r}")
+    return value
 
 
 def _whole(op: Call, outputs: Any, frame: Frame) -> dict[str, Any]:
