@@ -11,6 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -286,9 +287,7 @@ class _Called:
 class _Run:
     """The tool calls of one run of an agent; every turn gives their results, in the order of the calls."""
 
-    def __init__(
-        self, loop: AgentLoop, given: Mapping[str, Any], frame: Frame, turn: int, raising: bool
-    ) -> None:
+    def __init__(self, loop: AgentLoop, given: Mapping[str, Any], frame: Frame, turn: int, raising: bool) -> None:
         self.agent, self.uses, self.given, self.frame = loop.op, loop.uses, given, frame
         self.turn, self.raising = turn, raising
         self.made: dict[str, Any] = {}
@@ -324,7 +323,8 @@ class _Run:
         }
         frame.node_id = self.agent.node_id
         if beside:
-            yield Call(self.agent.node_id, lambda _: side_by_side([*beside.values()], at_once, frame), self.agent.ports), {}
+            run = partial(_run_beside, [*beside.values()], at_once, frame)
+            yield Call(self.agent.node_id, run, self.agent.ports), {}
         results: list[Result] = []
         for i, called in enumerate(begun):
             side = beside.get(i)
@@ -394,6 +394,10 @@ class _Run:
         if self.raising:
             raise NodeExecutionError(f"{frame.path}/{called.node_id}, called as tool {called.tool_id!r}: {text}") from failed
         return {**called.said, "error": text}
+
+
+def _run_beside(calls: Sequence[Beside], at_once: int, frame: Frame, _: dict[str, Any]) -> Any:
+    return side_by_side(calls, at_once, frame)
 
 
 def _sooner(end: float | None, timeout: float | None) -> float | None:
