@@ -32,6 +32,9 @@ class LLMAgent(Agent):
     look before they speak; after `max_calls`, or `max_tokens` tokens, it may only answer. A tool's result is told in at
     most `result_chars` characters. With `memory: run` every request begins anew.
 
+    With `calling: native` tools are offered to the model as its provider has them (`llm/api`), and it may call several
+    at once; with `schema`, the default, any model block with a `schema` port says one call or the answer at a time.
+
     `status` says how the request ended: `{ended, calls, tokens, trail}`, where `ended` is `answer`, or `calls` or
     `tokens` if that limit left only the answer, and `trail` lists the calls as `{call_id, tool_id, arguments, error?}`.
 
@@ -52,6 +55,7 @@ class LLMAgent(Agent):
         llm: Mapping[str, Any],
         system: str = "",
         tools: Sequence[str] | None = None,
+        calling: str = "schema",
         memory: str = "persistent",
         history: int = 24,
         history_chars: int = 8000,
@@ -66,6 +70,8 @@ class LLMAgent(Agent):
         super().__init__()
         if memory not in ("persistent", "run"):
             raise ConfigError(f"agent/llm: memory is 'persistent' or 'run', not {memory!r}")
+        if calling not in ("schema", "native"):
+            raise ConfigError(f"agent/llm: calling is 'schema' or 'native', not {calling!r}")
         limits = {"history": history, "history_chars": history_chars, "result_chars": result_chars, "answer_chars": answer_chars}
         for name, value in {**limits, "max_calls": max_calls, "max_tokens": max_tokens}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -78,6 +84,11 @@ class LLMAgent(Agent):
             raise ConfigError(
                 f"agent/llm: {self.llm.name!r} is no language model: it needs an input 'prompt' and an output 'text'"
             )
+        if calling == "native" and ("tools" not in index.inputs or "tool_calls" not in index.outputs):
+            raise ConfigError(f"agent/llm: {self.llm.name!r} has no native tool calls; leave out calling: native")
+        if calling == "native" and min_calls:
+            raise ConfigError("agent/llm: min_calls needs calling: schema; native calls are up to the model")
+        self.calling = calling
         self.system = system
         self.tools = list(tools) if tools is not None else None
         self.memory = memory
@@ -108,20 +119,28 @@ class LLMAgent(Agent):
             self.trail = []
             self.messages += _request(inputs["context"])
         else:
-            self.messages += [{"role": "tool", "content": self._told(result)} for result in results]
+            self.messages += [self._message(result) for result in results]
             failed = {result["call_id"]: result["error"] for result in results if "error" in result}
             for call in self.trail:
                 if call["call_id"] in failed:
                     call["error"] = str(failed[call["call_id"]])
         self._forget()
         schema = self._schema(inputs.get("schema"))
-        outputs = self.llm.forward(self._asked(inputs.get("system"), schema))
+        asked = self._asked_natively if self.calling == "native" else self._asked
+        outputs = self.llm.forward(asked(inputs.get("system"), schema))
         if outputs.__class__ is not dict and inspect.isawaitable(outputs):
             return self._later(outputs, schema)
         return self._answer(outputs, schema)
 
     async def _later(self, outputs: Awaitable[dict[str, Any]], schema: dict[str, Any] | None) -> dict[str, Any]:
         return self._answer(await outputs, schema)
+
+    def _asked_natively(self, system: str | None, schema: dict[str, Any] | None) -> dict[str, Any]:
+        asked: dict[str, Any] = {"prompt": copy.deepcopy(self.messages)}
+        if self.bound and not self._spent():
+            asked["tools"] = [{"name": t.id, "description": t.description, "parameters": dict(t.parameters)} for t in self.bound]
+        given = {"system": self.head((), system), "schema": schema, "params": copy.deepcopy(self.params)}
+        return {**asked, **{k: v for k, v in given.items() if v}}
 
     def _asked(self, system: str | None, schema: dict[str, Any] | None) -> dict[str, Any]:
         chat: list[Message] = [
@@ -147,7 +166,7 @@ class LLMAgent(Agent):
 
     def _schema(self, wanted: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """What the model may say now: calls of tools, and unless some must come first an answer, in the form `wanted`."""
-        if not self.bound:
+        if not self.bound or self.calling == "native":
             return copy.deepcopy(dict(wanted)) if wanted is not None else None
         answer: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": self.limits["answer_chars"]}
         if wanted is not None:
@@ -174,20 +193,26 @@ class LLMAgent(Agent):
         used: Any = outputs.get("usage") or {}
         self.tokens += sum(int(used.get(k) or 0) for k in ("prompt_tokens", "completion_tokens"))
         text = str(outputs["text"])
+        if self.calling == "native" and outputs.get("tool_calls"):
+            said = [dict(call) for call in outputs["tool_calls"]]
+            self.messages.append({"role": "assistant", "content": text, "tool_calls": said})
+            return self._called([{"call_id": c["id"], "tool_id": c["name"], "arguments": c["arguments"]} for c in said])
         if schema is None:
             self.messages.append({"role": "assistant", "content": text})
             return {"response": text, "status": self._status(limit)}
         said = _parsed(outputs.get("data"), text, schema, self.name)
         self.messages.append({"role": "assistant", "content": json.dumps(said, ensure_ascii=False)})
-        if not self.bound:
+        if not self.bound or self.calling == "native":
             return {"response": said, "status": self._status(limit)}
         if "answer" in said:
             return {"response": said["answer"], "status": self._status(limit)}
-        self.calls += 1
-        self.number += 1
-        call = {"call_id": f"call_{self.number}", "tool_id": said["tool"], "arguments": said["arguments"]}
-        self.trail.append(copy.deepcopy(call))
-        return {"tool_calls": [call]}
+        return self._called([{"call_id": f"call_{self.number + 1}", "tool_id": said["tool"], "arguments": said["arguments"]}])
+
+    def _called(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        self.calls += len(calls)
+        self.number += len(calls)
+        self.trail += copy.deepcopy(calls)
+        return {"tool_calls": calls}
 
     def _status(self, limit: str) -> dict[str, Any]:
         return {"ended": limit or "answer", "calls": self.calls, "tokens": self.tokens, "trail": copy.deepcopy(self.trail)}
@@ -197,6 +222,12 @@ class LLMAgent(Agent):
         return "\n\n".join(filter(None, (self.system, system, _tool_text(tools) if tools else "")))
 
     # ---- words -------------------------------------------------------------------------------------------------------
+
+    def _message(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool's result as a message."""
+        if self.calling == "native":
+            return {"role": "tool", "tool_call_id": result["call_id"], "content": self._told(result)}
+        return {"role": "tool", "content": self._told(result)}
 
     def _told(self, result: Mapping[str, Any]) -> str:
         name = f"{result['tool_id']} ({result['call_id']})"
@@ -217,10 +248,13 @@ class LLMAgent(Agent):
 
         while over() and len(self.messages) > 2:
             at = 0 if request else 1
-            if at >= len(self.messages) - 1:
+            end = at + 1
+            while self.messages[at].get("tool_calls") and end < len(self.messages) and self.messages[end]["role"] == "tool":
+                end += 1  # calls go with their results; providers refuse the one without the other
+            if end >= len(self.messages):
                 break
-            del self.messages[at]
-            request -= request > 0
+            del self.messages[at:end]
+            request -= (end - at) if request else 0
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,88 @@ def test_a_model_without_schema_cannot_be_given_tools() -> None:
     assert isinstance(caught.value.__cause__, ConfigError)
 
 
+def test_some_models_must_look_before_they_speak() -> None:
+    """03 W-22, W-23: `min_calls` leaves no answer before so many calls; then the model decides."""
+    graph = agent_graph(CALC, DONE, min_calls=1)
+    _, requests = asked(graph, "six times seven?")
+    first, second = (r["schema"] for r in requests)
+    assert first["required"] == ["tool", "arguments"], "the only form is a call"
+    assert [f["required"] for f in second["anyOf"]] == [["tool", "arguments"], ["answer"]]
+    with pytest.raises(NodeExecutionError, match="breaks the schema"):
+        agent_graph(DONE, min_calls=1).run({"prompt": "at once"})
+    for wrong in (-1, 9, True):
+        with pytest.raises(ConfigError, match="min_calls"):
+            agent_graph(DONE, min_calls=wrong)
+
+
+FORM = {"type": "object", "properties": {"mood": {"$ref": "#/$defs/word"}}, "required": ["mood"], "$defs": {"word": {"enum": ["calm"]}}}
+
+
+def test_an_answer_may_have_to_be_in_a_form() -> None:
+    """03 W-22: with `schema` the answer is that object, with tools and without."""
+    for says, tools in (([CALC, {"answer": {"mood": "calm"}}], ["tool/calc"]), ([{"mood": "calm"}], [])):
+        graph = agent_graph(*says, tools=tools)
+        graph.expose_input("agent", "schema", "schema")
+        assert graph.run({"prompt": "how is it?", "schema": FORM})["response"] == {"mood": "calm"}
+        bad = agent_graph(*says[:-1], {"answer": {"mood": "wild"}} if tools else {"mood": "wild"}, tools=tools)
+        bad.expose_input("agent", "schema", "schema")
+        with pytest.raises(NodeExecutionError, match="schema"):
+            bad.run({"prompt": "how is it?", "schema": FORM})
+
+
+def test_the_status_says_how_it_ended_and_what_was_called() -> None:
+    """01 E-10: an explicit status, and an audit trail of the calls of the request."""
+    wrong = {"tool": "calc", "arguments": {"expression": "1 / 0"}}
+    graph = agent_graph(wrong, CALC, DONE, DONE, max_calls=2)
+    graph.expose_output("agent", "status", "status")
+    status = graph.run({"prompt": "go"})["status"]
+    assert (status["ended"], status["calls"]) == ("calls", 2) and status["tokens"] > 0
+    assert [(c["call_id"], c["tool_id"], c["arguments"]) for c in status["trail"]] == [
+        ("call_1", "calc", {"expression": "1 / 0"}), ("call_2", "calc", CALC["arguments"]),
+    ]  # fmt: skip
+    assert "division by zero" in status["trail"][0]["error"] and "error" not in status["trail"][1]
+    assert graph.run({"prompt": "again"})["status"] == {"ended": "answer", "calls": 0, "tokens": graph.nodes["agent"].child.tokens, "trail": []}  # type: ignore[attr-defined]
+    tired = agent_graph(CALC, DONE, max_tokens=5)
+    tired.expose_output("agent", "status", "status")
+    assert tired.run({"prompt": "go"})["status"]["ended"] == "tokens"
+
+
+def test_native_calls_come_several_at_once_and_go_back_by_id() -> None:
+    """01 T-17, F-41, 02 G-50: the provider's own tool calls, with the same session, limits and trail."""
+    script = [{"tool_calls": [{"name": "calc", "arguments": {"expression": e}} for e in ("6 * 7", "1 / 0")]}, "It is 42."]
+    llm = {"block_type": "llm/api", "config": {"provider": "fake", "model_id": "m", "options": {"script": script}}}
+    graph = agent_graph(llm=llm, calling="native", max_calls=2, system="You are a clerk.")
+    graph.expose_output("agent", "status", "status")
+    events: list[Event] = []
+    result = graph.run({"prompt": "six times seven?"}, callbacks=[events.append])
+    assert result["response"] == "It is 42." and result["status"]["ended"] == "calls"
+    agent = agent_of(graph)
+    assert [m["role"] for m in agent.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    ids = [c["id"] for c in agent.messages[1]["tool_calls"]]
+    assert [m["tool_call_id"] for m in agent.messages[2:4]] == ids == [c["call_id"] for c in result["status"]["trail"]]
+    assert "42" in agent.messages[2]["content"] and "division by zero" in agent.messages[3]["content"]
+    again = LLMAgent(**agent.config, build=default_registry().build)
+    again.load_state_dict(agent.state_dict())
+    assert again.messages == agent.messages
+    for more in ({"llm": {"block_type": "llm/fake"}}, {"llm": llm, "min_calls": 1}):
+        with pytest.raises(ConfigError, match="native"):
+            default_registry().build({"block_type": "agent/llm", "config": {"calling": "native", **more}})
+    with pytest.raises(ConfigError, match="calling"):
+        default_registry().build({"block_type": "agent/llm", "config": {"calling": "loud", "llm": llm}})
+
+
+def test_forgotten_calls_take_their_results_along() -> None:
+    agent = LLMAgent(llm={"block_type": "llm/identity"}, history=4, build=default_registry().build)
+    said = {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}, {"id": "b"}]}
+    told = [{"role": "tool", "tool_call_id": i, "content": "x"} for i in "ab"]
+    agent.messages = [said, *told, {"role": "user", "content": "new"}, {"role": "assistant", "content": "x"}]
+    agent._forget()
+    assert [m["role"] for m in agent.messages] == ["user", "assistant"]
+    agent.messages = [{"role": "user", "content": "new"}, said, *told, *told]
+    agent._forget()
+    assert len(agent.messages) == 6, "what was just told stays"
+
+
 class Rude(LLM):
     """A model that ignores its schema."""
 
@@ -240,7 +322,7 @@ def test_two_agents_on_one_model_share_it_and_nothing_else(tmp_path: Path) -> No
 
 def test_a_session_that_is_none_is_refused() -> None:
     agent = LLMAgent(llm={"block_type": "llm/fake"}, build=default_registry().build)
-    for key, value in (("session.messages", [{"role": "king", "content": ""}]), ("session.number", -1), ("session.calls", True)):
+    for key, value in (("session.messages", [{"role": "king", "content": ""}]), ("session.number", -1), ("session.calls", True), ("session.trail", [7])):
         with pytest.raises(StateDictError, match="session"):
             agent.load_state_dict({**agent.state_dict(), key: value})
     assert agent.messages == []

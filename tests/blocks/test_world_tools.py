@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_an_entity_is_read_by_id_or_name(view: Any) -> None:
         tool("read_entity", world=view, id="adda")
     with pytest.raises(ToolError, match="no rule"):
         tool("read_entity", world=view, id="none", kind="rule")
+
+
+def test_an_agent_is_told_the_names_of_a_small_world(view: Any) -> None:
+    """03 W-22: names restricted to what the world has, in the schema of the call."""
+    block = default_registry().build({"block_type": "tool/read_entity"})
+    parameters = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
+    told = block.narrowed(parameters, {"world": view})["properties"]["id"]  # type: ignore[attr-defined]
+    assert told["enum"] == ["Ada Lund", "ada", "Bo", "bo", "Old Tower", "tower", "tide"]
+    many = {"characters": [{"id": f"c{i}", "name": f"N{i}", "description": "x"} for i in range(40)]}
+    large = WorldContent.from_seed(many).view()
+    assert block.narrowed(parameters, {"world": large}) == parameters  # type: ignore[attr-defined]
 
 
 def test_the_chronicle_is_read_from_its_end(tmp_path: Path) -> None:
@@ -178,3 +190,19 @@ def test_a_stage_with_an_agent_alone() -> None:
     unmapped["graph"]["exposed_inputs"] = unmapped["graph"]["exposed_inputs"][:1]
     with pytest.raises(ConfigError, match=r"'world' needs a world.*AGENT_TOOLS"):
         Stage.from_config({"id": "development", "role": "development", **unmapped})
+
+
+def test_development_of_the_default_world_as_an_agent(tmp_path: Path) -> None:
+    """03 W-23: the ready graph of Tidewater, driven by a scripted model: tools first, then the intent under its schema."""
+    config = World.from_yaml("worlds/tidewater_agent.yaml").to_config()
+    text = json.dumps(config).replace("llm/hf", "llm/fake").replace('"checkpoint_ref": "smollm2-135m-instruct"', "")
+    world = World.from_config(json.loads(text))
+    world.store = SnapshotStore(tmp_path)
+    events: list[Event] = []
+    flow = world.run_stage("development", world.begin(seed=1, action="a storm lands"), hooks=[events.append])
+    intent = State.of(flow.state).read("intent")
+    assert set(intent) == {"focus", "text"} and intent["focus"][0] in world.content().ids("entity")
+    called = [e for e in events if e.kind == "tool_end"]
+    assert called and {e.data["tool_id"] for e in called} <= set(TOOLS)
+    asked = next(e.data["request"] for e in events if e.kind == "model_call")
+    assert {f["properties"]["tool"]["const"] for f in asked["schema"]["anyOf"]} == set(TOOLS), "no answer before a call"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -470,6 +474,87 @@ def test_agents_and_tools_may_be_asynchronous() -> None:
         asyncio.run(stop.run_async({"prompt": ""}, timeout=0.05))
 
 
+class Meet(Block):
+    """Waits until as many others are here at the same time."""
+
+    ports = (Port("word", "in", "text"), Port("said", "out", "text"))
+    barrier = threading.Barrier(2, timeout=20)
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.barrier.wait()
+        context = current_context()
+        context.add_usage("talk", prompt_tokens=1)
+        context.emit("progress", word=inputs["word"])
+        if inputs["word"] == "oops":
+            raise ValueError("dropped it")
+        return {"said": f"{context.node_id} {inputs['word']} {context.node_seed()}"}
+
+
+def test_calls_of_one_turn_may_run_side_by_side() -> None:
+    """02 G-50: results, ids, seeds and usage as in order; two that wait for each other meet only when run together."""
+    turn = calls(call("left", "l", word="a"), call("right", "r", word="oops"), call("nobody"), call("scale", x=2, by=3))
+    graph = graph_with(agent := Listener([turn, "tell"]), {"left": Meet(), "right": Meet(), "scale": Scale()})
+    graph.metadata["parallel_tools"] = 3
+    events: list[Event] = []
+    results = graph.run({"prompt": ""}, seed=1, callbacks=[events.append])["response"]["results"]
+    assert [r["call_id"] for r in results] == ["l", "r", "call_0_2", "call_0_3"]
+    assert results[0]["result"].startswith("left a ") and "dropped it" in results[1]["error"]
+    assert "no tool 'nobody'" in results[2]["error"] and results[3]["result"] == 6
+    assert sorted(e.path for e in events if e.kind == "progress") == ["g/left", "g/right"]
+    ends = [(e.node_id, e.data["call_id"]) for e in events if e.kind == "tool_end"]
+    assert ends == [("left", "l"), ("right", "r"), ("bot", "call_0_2"), ("scale", "call_0_3")]
+    agent.given.clear()
+    assert graph.run({"prompt": ""}, seed=1)["response"]["results"] == results, "equal seeds, equal results"
+    agent.given.clear()
+    with pytest.raises(NodeExecutionError, match="called as tool 'right'"):
+        graph.run({"prompt": ""}, tool_errors="raise")
+    graph.metadata["parallel_tools"] = 0
+    with pytest.raises(NodeExecutionError, match="parallel_tools is a whole number"):
+        graph.run({"prompt": ""})
+
+
+def test_side_by_side_tools_keep_their_timeouts_and_may_be_asynchronous() -> None:
+    """01 E-10 with 02 G-50: each call its own time; one tool's calls stay in their order."""
+    turn = calls(call("wait", seconds=0.3), call("other", seconds=0.3), call("wait", seconds=5), call("slow", seconds=0.2, looks=20))
+    graph = graph_with(Listener([turn, "tell"]), {})
+    for name, block in (("wait", LaterTool()), ("other", LaterTool()), ("slow", Slow())):
+        graph.add_node(block, name)
+        graph.add_tool(name, name, timeout=0.6 if name != "slow" else 0.05)
+    graph.metadata["parallel_tools"] = 4
+    first, second, late, slow = asyncio.run(graph.run_async({"prompt": ""}))["response"]["results"]
+    assert (first["result"], second["result"]) == ("g/wait", "g/other")
+    assert "longer than its timeout of 0.6 s" in late["error"] and "longer than its timeout of 0.05 s" in slow["error"]
+
+
+def test_an_agent_has_a_time_of_its_own() -> None:
+    """02 G-49: the limit in seconds ends a run as the one in steps does, with an error that says so."""
+    graph = graph_with(Listener([calls(call("slow", seconds=0.02))]), {"slow": Slow()})
+    graph.metadata["max_agent_seconds"] = 0.05
+    with pytest.raises(AgentStepLimitError, match=r"g/bot gave no answer in 0.05 s and wanted 'slow'"):
+        graph.run({"prompt": ""}, max_agent_steps=100)
+
+
+def test_a_tool_may_narrow_what_the_agent_is_told() -> None:
+    """03 W-22: names restricted to what there is, by what the graph feeds the tool."""
+
+    class Pick(Block):
+        ports = (Port("names", "in", "list"), Port("name", "in", "text"), Port("y", "out", "text"))
+
+        def narrowed(self, parameters: Mapping[str, Any], fed: Mapping[str, Any]) -> Mapping[str, Any]:
+            name = {**parameters["properties"]["name"], "enum": fed["names"]}
+            return {**parameters, "properties": {"name": name}}
+
+        def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            return {"y": inputs["name"]}
+
+    graph = graph_with(agent := Listener([{"response": ""}]), {"pick": Pick()})
+    graph.expose_input("pick", "names", "names")
+    for names in (["ada"], ["bo", "cy"]):
+        graph.run({"prompt": "", "names": names})
+        assert agent.bound[0].parameters["properties"]["name"]["enum"] == names
+    assert "enum" not in graph.agents()["bot"][0].spec.parameters["properties"]["name"]
+
+
 def test_an_agent_in_a_loop_runs_its_tools_in_every_iteration() -> None:
     """02 G-48 with G-33: constants of a tool may be made in the same iteration."""
 
@@ -708,6 +793,33 @@ def test_a_session_survives_saving_between_call_and_result(tmp_path: Path) -> No
     results = [{"call_id": "c1", "tool_id": "calc", "result": 5}]
     assert agent.forward({"context": "go", "tool_results": results}) == {"response": "five: 5"}
     assert [m["role"] for m in agent.messages] == ["user", "assistant", "tool", "assistant"]  # type: ignore[attr-defined]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "tests/execution")
+from test_agent import calc_graph, call, calls, SCRIPT
+graph = calc_graph(*SCRIPT)
+graph.run({"prompt": "first"})
+def hook(event):
+    if event.kind == "tool_start":
+        graph.save(sys.argv[1])
+        os.kill(os.getpid(), signal.SIGKILL)
+graph.run({"prompt": "second"}, callbacks=[hook])
+"""
+SCRIPT = ["hello", calls(call("calc", "c1", expression="5")), "five: {results}"]
+
+
+def test_a_session_survives_a_kill_between_call_and_result(tmp_path: Path) -> None:
+    """04 X-5: the process is killed while a tool runs; a new one loads the folder and goes on with the result."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a")], cwd=root, env={**os.environ, "PYTHONPATH": path})
+    assert killed.returncode == -signal.SIGKILL
+    agent = Graph.load(tmp_path / "a").nodes["agent"].child
+    assert [m["content"] for m in agent.messages if m["role"] == "user"] == ["first", "second"]  # type: ignore[attr-defined]
+    results = [{"call_id": "c1", "tool_id": "calc", "result": 5}]
+    assert agent.forward({"context": "second", "tool_results": results}) == {"response": "five: 5"}
 
 
 def test_memory_of_a_run_ends_with_it() -> None:
