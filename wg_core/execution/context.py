@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -312,12 +313,16 @@ def drained(pieces: Generator[Any, None, Result]) -> Result:
             return stop.value
 
 
+_LEDGER = threading.Lock()
+
+
 def add_rows(ledger: dict[str, dict[str, float]], more: Mapping[str, Mapping[str, float]]) -> None:
     """Add rows of model use to a ledger, `{model: {calls, prompt_tokens, completion_tokens, cost?}}`."""
-    for model, row in more.items():
-        mine = ledger.setdefault(model, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
-        for name, value in row.items():
-            mine[name] = mine.get(name, 0) + value
+    with _LEDGER:  # tools that run side by side add to one
+        for model, row in more.items():
+            mine = ledger.setdefault(model, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
+            for name, value in row.items():
+                mine[name] = mine.get(name, 0) + value
 
 
 def derive_seed(seed: int, *parts: object) -> int:
