@@ -44,6 +44,8 @@ class PortError(WGError, ValueError):
 class UnknownBlockTypeError(WGError, KeyError):
     """A block type, or the requested backend of it, is not registered."""
 
+    code = "UNKNOWN_BLOCK_TYPE"
+
 
 class DuplicateBlockTypeError(WGError, ValueError):
     """A block type is registered twice with different factories."""
@@ -135,6 +137,8 @@ class NotFiniteError(WGError, ArithmeticError):
 
 class ToolError(WGError, ValueError):
     """A tool cannot be offered or called as asked."""
+
+    code = "AGENT_TOOLS"
 
 
 class NodeExecutionError(WGError, RuntimeError):

@@ -194,6 +194,30 @@ def link_unresolved() -> Graph:
     return graph
 
 
+class Learning(Echo):
+    """A block with parameters that learn."""
+
+    def may_learn(self) -> bool:
+        return True
+
+
+class Wall(Echo):
+    """A block whose model runs elsewhere."""
+
+    passes_gradient = False
+
+
+def gradient_blocked() -> Pipeline:
+    """`p/g/n0` learns and is only seen through the wall; `p/h/n0` learns behind it."""
+    pipeline = Pipeline("p")
+    pipeline.add_graph(chain(Learning(), Affine(), id="g"))
+    pipeline.add_graph(chain(Wall(), id="far"))
+    pipeline.add_graph(chain(Learning(), id="h"))
+    pipeline.add_edge("g", "y", "far", "x")
+    pipeline.add_edge("far", "y", "h", "x")
+    return pipeline
+
+
 CASES: dict[str, tuple[Callable[[], Graph | Pipeline], str, str, str]] = {
     "EMPTY": (empty, "error", "EMPTY", "g: this graph has no nodes; add one with add_node [EMPTY]"),
     "EXPOSURE_BROKEN": (
@@ -281,6 +305,10 @@ CASES: dict[str, tuple[Callable[[], Graph | Pipeline], str, str, str]] = {
     "LINK_UNRESOLVED": (
         link_unresolved, "warning", "LINK_UNRESOLVED", "g: link to world lost leads nowhere here; register a resolver",
     ),
+    "GRADIENT_BLOCKED": (
+        gradient_blocked, "warning", "GRADIENT_BLOCKED",
+        "p/g/n0: g/n0 is to learn, but its only ways to an output lead through far/n0, where gradients end; take the loss before",
+    ),
     "CHILD_INVALID": (child_invalid, "error", "CHILD_INVALID", "p/g: this child is invalid; see its own errors"),
 }  # fmt: skip
 
@@ -290,7 +318,7 @@ def test_every_code_has_a_failing_example(case: str) -> None:
     """02 G-26, acceptance 6: severity, and a message that names the path and the way out."""
     make, severity, code, says = CASES[case]
     structure = make()
-    result = structure.validate(strict=False, deep=code == "CHILD_INVALID")
+    result = structure.validate(strict=False, deep=code == "CHILD_INVALID", for_training=code == "GRADIENT_BLOCKED")
     found = [i for i in result.issues if i.code == code]
     assert found, result.issues
     assert any(says in str(i) for i in found), [str(i) for i in found]
@@ -308,6 +336,23 @@ def test_no_code_is_without_an_example() -> None:
     source = Path(validate_structure.__code__.co_filename).read_text(encoding="utf-8")
     codes = set(re.findall(r'"([A-Z]+(?:_[A-Z]+)*)"', source)) - {"ValidationError"}
     assert codes == {code for _, _, code, _ in CASES.values()}
+
+
+def test_gradients_are_only_asked_after_for_training() -> None:
+    """02 G-24, M-6: what is frozen, or has another way to an output, or stands behind the wall, is fine."""
+    pipeline = gradient_blocked()
+    assert pipeline.validate(deep=True).issues == []
+    blocked = [i.path for i in pipeline.validate(for_training=True).issues]
+    assert blocked == ["p/g/n0"]
+    pipeline.set_trainable("g/n0", False)
+    assert pipeline.validate(for_training=True).issues == []
+    pipeline.set_trainable("g/n0", True)
+    pipeline.nodes["g"].trainable = False
+    assert pipeline.validate(for_training=True).issues == []
+    pipeline.nodes["g"].trainable = True
+    pipeline.expose_output("h", "y", "far_end")
+    pipeline.expose_output("g", "y", "near_end")
+    assert pipeline.validate(for_training=True).issues == []
 
 
 def test_sources_and_tools_are_reached() -> None:

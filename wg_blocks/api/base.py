@@ -99,6 +99,7 @@ class ApiBlock(Block):
     """
 
     config_model: ClassVar[type[ApiConfig]] = ApiConfig
+    passes_gradient = False
 
     def __init__(self, block_id: str | None = None, *, config: Mapping[str, Any] | None = None) -> None:
         super().__init__(block_id)

@@ -291,12 +291,14 @@ class WiredGraph(ExecutableGraph[Block]):
         self._wire()
         return super()._loose_ends(direction)
 
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
         """Check the whole structure without loading or running anything; `deep` goes into children.
 
         Raises: ValidationError with all errors, if `strict`.
         """
-        result = super().validate(strict=False, deep=deep)
+        result = super().validate(strict=False, deep=deep, for_training=for_training)
         report = self.wiring_report
         for lost in report.ambiguous:
             node, port = lost.edge.target_node, lost.edge.target_port

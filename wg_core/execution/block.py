@@ -80,6 +80,7 @@ class Block:
     poolable: ClassVar[bool] = True
     config_model: ClassVar[Any] = None
     call_time_keys: ClassVar[frozenset[str]] = frozenset()
+    passes_gradient: ClassVar[bool] = True
 
     checkpoints: ClassVar[Checkpoints | None] = None
 
@@ -130,7 +131,11 @@ class Block:
         try:
             return json.loads(json.dumps(self._named_arguments(), allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"block {self.name!r}: its config is not plain JSON data: {error}") from error
+            raise ConfigError(
+                f"block {self.name!r}: its config is not plain JSON data: {error}; "
+                "give it texts, numbers, lists and mappings, and make objects of them in __init__",
+                code="NOT_SERIALIZABLE",
+            ) from error
 
     def _named_arguments(self) -> dict[str, Any]:
         args, kwargs = self._arguments
@@ -150,7 +155,8 @@ class Block:
         """
         if self.block_type is None:
             raise ConfigError(
-                f"block of class {type(self).__name__} has no registered type; register it with @register_block('role/name')"
+                f"block of class {type(self).__name__} has no registered type; register it with @register_block('role/name')",
+                code="NOT_SERIALIZABLE",
             )
         return {"block_type": self.block_type, "config": {**self.config, **self.placement}}
 
@@ -375,6 +381,10 @@ class Block:
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield name, parameter
+
+    def may_learn(self) -> bool:
+        """Whether this block alone has parameters that learn, or will have once it is loaded; loads nothing."""
+        return False
 
     def trainable_parameters(self) -> list[Any]:
         return [parameter for _, parameter in self.named_trainable_parameters()]

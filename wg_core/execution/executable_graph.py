@@ -48,7 +48,9 @@ class Executable(Protocol):
     def get_input_spec(self) -> list[Spec]: ...
     def get_output_spec(self) -> list[Spec]: ...
     def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]: ...
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult: ...
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult: ...
     def plan(self) -> Plan: ...
     def iter_blocks(self) -> Iterator[Block]: ...
 
@@ -117,6 +119,7 @@ class ExecutableGraph(Generic[Child]):
 
     level: ClassVar[str] = "graph"
     allow_cycles: ClassVar[bool] = True
+    passes_gradient: ClassVar[bool] = True
 
     def __init__(self, id: str | None = None, *, metadata: Mapping[str, Any] | None = None) -> None:
         self.id = check_id(id if id is not None else self.level, f"{self.level} id")
@@ -198,7 +201,8 @@ class ExecutableGraph(Generic[Child]):
         port = index.find(key, "in")
         if port is None or port.direction != "in":
             raise NodeError(
-                f"{self.id}/{node.node_id}: default for unknown input {key!r}; {did_you_mean(key, index.inputs)}"
+                f"{self.id}/{node.node_id}: default for unknown input {key!r}; {did_you_mean(key, index.inputs)}",
+                code="DEFAULT_UNKNOWN_PORT",
             )
         return port.name
 
@@ -330,18 +334,21 @@ class ExecutableGraph(Generic[Child]):
         if not out.compatible_with(into):
             raise EdgeError(
                 f"{self.id}/{edge.target_node}.{into.name} takes {'|'.join(into.types)!r} but "
-                f"{edge.source_node}.{out.name} gives {'|'.join(out.types)!r}; put a block between that converts it"
+                f"{edge.source_node}.{out.name} gives {'|'.join(out.types)!r}; put a block between that converts it",
+                code="TYPE_MISMATCH",
             )
         if edge.source_node == edge.target_node and not edge.carry:
             raise EdgeError(
-                f"{self.id}: {edge} joins a node to itself; add carry=True to bring the previous iteration's value"
+                f"{self.id}: {edge} joins a node to itself; add carry=True to bring the previous iteration's value",
+                code="LOOP_NO_CARRY",
             )
         if into.aggregation == "single":
             for other in self._in[edge.target_node]:
                 if other.target_port == into.name and other.carry == edge.carry:
                     raise EdgeError(
                         f"{self.id}/{edge.target_node}.{into.name} takes one {'carry' if edge.carry else 'data'} edge and has "
-                        f"{other}; remove that edge, or declare an aggregation on the port"
+                        f"{other}; remove that edge, or declare an aggregation on the port",
+                        code="FAN_IN",
                     )
         self._keep(edge)
         self.version += 1
@@ -424,16 +431,18 @@ class ExecutableGraph(Generic[Child]):
     def _end(self, node_id: str, port_name: str, direction: str, error: type[WGError] = EdgeError) -> Port:
         node = self.nodes.get(node_id)
         if node is None:
-            raise error(f"{self.id} has no node {node_id!r}; {did_you_mean(node_id, self.nodes)}")
+            raise error(f"{self.id} has no node {node_id!r}; {did_you_mean(node_id, self.nodes)}", code="UNKNOWN_NODE")
         index = self.ports_of(node)
         port = index.find(port_name, direction)
         known = index.outputs if direction == "out" else index.inputs
         if port is None:
-            raise error(f"{self.id}/{node_id} has no port {port_name!r}; {did_you_mean(port_name, known)}")
+            said = f"{self.id}/{node_id} has no port {port_name!r}; {did_you_mean(port_name, known)}"
+            raise error(said, code="UNKNOWN_PORT")
         if port.direction != direction:
             raise error(
                 f"{self.id}/{node_id}.{port_name} is an {port.direction}put where an {direction}put is needed; "
-                f"{did_you_mean(port_name, known)}"
+                f"{did_you_mean(port_name, known)}",
+                code="WRONG_DIRECTION",
             )
         return port
 
@@ -449,7 +458,8 @@ class ExecutableGraph(Generic[Child]):
             for e in self._in[node_id]:
                 if e.target_port == found.name and not e.carry:
                     raise EdgeError(
-                        f"{self.id}/{node_id}.{found.name} is fed by {e} already; remove the edge to expose the port"
+                        f"{self.id}/{node_id}.{found.name} is fed by {e} already; remove the edge to expose the port",
+                        code="EXPOSED_AND_WIRED",
                     )
         return self._expose("in", node_id, found.name, name)
 
@@ -466,7 +476,8 @@ class ExecutableGraph(Generic[Child]):
             return new.key
         for x in self._exposed[direction]:
             if direction == "out" and x.key == new.key:
-                raise NodeError(f"{self.id} offers an output {new.key!r} already; output names are unique")
+                said = f"{self.id} offers an output {new.key!r} already; output names are unique, choose another"
+                raise NodeError(said, code="EXPOSURE_CLASH")
             if direction == "in" and (x.node_id, x.port_name) == (node_id, port):
                 raise NodeError(
                     f"{self.id}/{node_id}.{port} is exposed as {x.key!r} already; unexpose_input({x.key!r}) first"
@@ -602,12 +613,14 @@ class ExecutableGraph(Generic[Child]):
                 return spec
         return self.loops[0] if len(self.loops) == 1 and not self.loops[0].names(self.nodes) else None
 
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
         """Check the whole structure without loading or running anything; `deep` goes into children.
 
-        Raises: ValidationError with all errors, if `strict`.
+        `for_training` also says which parameters get no gradient. Raises: ValidationError with all errors, if `strict`.
         """
-        result = validate_structure(self, deep=deep)
+        result = validate_structure(self, deep=deep, for_training=for_training)
         if result.is_valid:
             self._valid_stamp = self.stamp()
         elif strict:

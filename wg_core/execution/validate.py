@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from wg_core.errors import ValidationError, did_you_mean
+from wg_core.execution.gradients import cut_off
 from wg_core.execution.hyper import links_below, problems
 from wg_core.execution.plan import configured_steps, group_cycles, iteration_order
 from wg_core.structure.ids import ID_PATTERN
@@ -62,28 +63,30 @@ class ValidationResult:
         return "\n".join(str(i) for i in (self.errors or self.issues)) or "valid"
 
 
-def validate_structure(graph: ExecutableGraph[Any], *, deep: bool = False) -> ValidationResult:
+def validate_structure(
+    graph: ExecutableGraph[Any], *, deep: bool = False, for_training: bool = False
+) -> ValidationResult:
     """All checks on `graph`; with `deep` also on its children, their paths prefixed."""
     result = ValidationResult(list(_Checks(graph).all()))
+    if for_training and result.is_valid:
+        result.issues += [_blocked(graph, path, walls) for path, walls in cut_off(graph)]
     if deep:
         for node_id, node in graph.nodes.items():
             check = getattr(node.child, "validate", None)
             if check is not None:
                 below = cast(ValidationResult, check(strict=False, deep=True))
-                result.issues += [
-                    replace(i, path=f"{graph.id}/{node_id}/{i.path.split('/', 1)[-1]}") for i in below.issues
-                ]
+                place = f"{graph.id}/{node_id}"
+                result.issues += [replace(i, path="/".join([place, *i.path.split("/", 1)[1:]])) for i in below.issues]
                 if not below.is_valid:
-                    result.issues.append(
-                        Issue(
-                            "error",
-                            "CHILD_INVALID",
-                            f"{graph.id}/{node_id}",
-                            "this child is invalid",
-                            "see its own errors",
-                        )
-                    )
+                    said, way_out = "this child is invalid", "see its own errors"
+                    result.issues.append(Issue("error", "CHILD_INVALID", place, said, way_out))
     return result
+
+
+def _blocked(graph: ExecutableGraph[Any], path: str, walls: Sequence[str]) -> Issue:
+    said = f"{path} is to learn, but its only ways to an output lead through {', '.join(walls)}, where gradients end"
+    way_out = "take the loss before that, run that part here, or freeze the node with set_trainable(path, False)"
+    return Issue("warning", "GRADIENT_BLOCKED", f"{graph.id}/{path}", said, way_out, node=path)
 
 
 class _Checks:

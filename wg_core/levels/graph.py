@@ -254,12 +254,14 @@ class Graph(Level[Block], WiredGraph):
                 said = f"agent {edge.source_node!r} feeds input {edge.target_port!r} of its own tool"
                 yield said, "remove the edge; the agent gives values as arguments"
 
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
         """Check the whole structure without loading or running anything; `deep` goes into children.
 
         Raises: ValidationError with all errors, if `strict`.
         """
-        result = super().validate(strict=False, deep=deep)
+        result = super().validate(strict=False, deep=deep, for_training=for_training)
         for said, way_out in self._tool_problems():
             result.issues.append(Issue("error", "AGENT_TOOLS", self.id, said, way_out))
         for node in self.nodes.values():
@@ -318,7 +320,13 @@ class Graph(Level[Block], WiredGraph):
 
     def to_config(self) -> dict[str, Any]:
         first_of: dict[int, str] = {}
-        config = level_config(self, [node_config(node, first_of) for node in self.nodes.values()])
+        nodes: list[dict[str, Any]] = []
+        for node_id, node in self.nodes.items():
+            try:
+                nodes.append(node_config(node, first_of))
+            except ConfigError as error:
+                raise ConfigError(f"{self.id}/{node_id}: {error}", code=error.code) from error
+        config = level_config(self, nodes)
         if self.task_kind is not None:
             config["task_kind"] = self.task_kind
         if self.tools:

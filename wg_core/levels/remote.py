@@ -63,6 +63,7 @@ class Remote(Level[Any]):
 
     level = kind = "remote"
     allow_cycles = False
+    passes_gradient = False
 
     def __init__(
         self,
@@ -102,7 +103,9 @@ class Remote(Level[Any]):
     def get_output_spec(self) -> list[Spec]:
         return [spec_of(e) for e in self.contract.outputs] if self.contract else []
 
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
         """Check that a contract is stored and, once one was fetched, that it is the server's. Nothing is contacted."""
         problem = ""
         if self.contract is None:

@@ -88,8 +88,10 @@ class RemoteStage(Stage):
         placeholder = self.remote.dry_run(inputs, **options)["state"]
         return {block: placeholder for block in self.writes}
 
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
-        return self.remote.validate(strict, deep=deep)
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
+        return self.remote.validate(strict, deep=deep, for_training=for_training)
 
     def describe(self) -> str:
         """Where it runs, as the file names it."""

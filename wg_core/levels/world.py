@@ -221,9 +221,11 @@ class World(Trained, Written):
         self.initial_content = WorldContent.from_seed(content)
         self._content_seed = dict(content)
 
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
         """All that can be said about the world without running it. Raises: ValidationError if `strict` and invalid."""
-        result = ValidationResult(list(world_issues(self, deep)))
+        result = ValidationResult(list(world_issues(self, deep, for_training)))
         if strict and not result.is_valid:
             result.raise_errors()
         return result

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wg_core.levels.world import World
 
 
-def world_issues(world: World, deep: bool) -> Iterator[Issue]:
+def world_issues(world: World, deep: bool, for_training: bool = False) -> Iterator[Issue]:
     """What is wrong with the world itself, then (deep) with its stages."""
     canonical = world.canonical
 
@@ -50,6 +50,6 @@ def world_issues(world: World, deep: bool) -> Iterator[Issue]:
             stage.output_mapping()
         except ConfigError as error:
             yield issue("MAPPING", str(error), "", name)
-        for found in stage.validate(strict=False, deep=deep).issues:
+        for found in stage.validate(strict=False, deep=deep, for_training=for_training).issues:
             path = f"{world.world_id}/{name}/{found.path.partition('/')[2]}".rstrip("/")
             yield replace(found, path=path)

@@ -20,7 +20,8 @@ def check_id(value: object, what: str = "id") -> str:
         return value
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     raise ConfigError(
-        f"bad {what} {shown}: use a letter or '_' first, then letters, digits and '_', at most 64 characters"
+        f"bad {what} {shown}: use a letter or '_' first, then letters, digits and '_', at most 64 characters",
+        code="BAD_ID" if not isinstance(value, str) or value.strip() else "BLANK_FIELD",
     )
 
 

@@ -183,6 +183,9 @@ class ModuleBlock(Block):
         yield from self._own_parameters()
         yield from super().named_parameters()
 
+    def may_learn(self) -> bool:
+        return self._built is None or any(p.requires_grad for _, p in self._own_parameters())
+
     def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, module in self.modules.items():
             for key, parameter in module.named_parameters():
