@@ -227,3 +227,10 @@ def test_every_module_says_what_it_is() -> None:
         str(p.relative_to(ROOT)) for p in SOURCES if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
     ]
     assert silent == []
+
+
+def test_numbers_and_flags_of_a_file_are_strict() -> None:
+    """02 S-14: what JSON Schema calls a number, integer or boolean is one for the loader; a text never is."""
+    source = (ROOT / "wg_core" / "assembly" / "models.py").read_text(encoding="utf-8")
+    fields = [line.strip() for line in source.splitlines() if re.match(r"    \w+: (int|float|bool)\b", line)]
+    assert fields == [], "use Whole, Real and Flag"

@@ -161,3 +161,26 @@ def test_the_machine_is_written_once() -> None:
         for name in ("_execute", "_session", "_bind", "plan", "describe", "run_async", "run_batch", "stream", "steps"):
             assert getattr(cls, name) is getattr(ExecutableGraph, name)
     assert {cls.level for cls in (Graph, Pipeline, Stage)} == set(LEVELS)
+
+
+def test_a_copy_is_the_same_and_goes_its_own_way(level: Any_) -> None:
+    """01 E-6: equal structure over the same blocks; neither follows the other."""
+    level.metadata["a"] = 1
+    made = level.copy()
+    assert type(made) is type(level) and made.to_config() == level.to_config() and made.config_hash == level.config_hash
+    assert [id(b) for b in made.iter_blocks()] == [id(b) for b in level.iter_blocks()]
+    assert str(made.run(level_input(made))) == str(level.run(level_input(level)))
+    before = level.to_config()
+    made.metadata["a"] = 2
+    name = next(iter(made.nodes))
+    made.set_trainable(name, False)
+    made.rename_node(name, "renamed")
+    below = made.nodes["renamed"].child
+    if isinstance(below, Level):
+        below.metadata["deep"] = True
+        below.remove_node(next(iter(below.nodes)))
+    else:
+        made.add_node("test/echo", "more", registry=new_registry())
+        made.remove_node("renamed")
+    assert level.to_config() == before and made.to_config() != before
+    assert level.run(level_input(level))

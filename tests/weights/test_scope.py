@@ -226,3 +226,13 @@ def test_a_saved_fine_tune_is_not_taken_for_its_base(ref: str, tmp_path: Path) -
         Graph.load(tmp_path / "one", registry=registry(), pool=pool)
     again = Graph.load(tmp_path / "one", registry=registry(), pool=pool, on_shared="fork")
     assert bits(again.state_dict()) == bits(loaded.state_dict()) != bits(base.state_dict())
+
+
+def test_an_adapter_lets_go_only_when_no_copy_has_it() -> None:
+    """01 E-6: blocks are shared with copies, adapters too."""
+    graph = adapted()
+    shaken(graph)
+    wanted = graph.run({"x": X})["y"]
+    made = graph.copy()
+    made.remove_node("lora")
+    assert torch.equal(graph.run({"x": X})["y"], wanted) and not torch.equal(made.run({"x": X})["y"], wanted)

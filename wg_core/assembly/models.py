@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -14,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from wg_core.assembly.schema_rules import completed
 from wg_core.errors import did_you_mean
 from wg_core.structure.hyperlink import HyperEdge, HyperLink
 from wg_core.structure.ids import ID_PATTERN
@@ -31,6 +33,16 @@ Version = Annotated[str, Field(pattern=rf"^{CONFIG.current.split('.')[0]}\.[0-9]
 Json = dict[str, JsonValue]
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is whole."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+Real = Annotated[float, Field(strict=True)]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)  # validators are built at first use
 
@@ -42,7 +54,7 @@ class EdgeEntry(Strict):
     source_port: PortKey
     target_node: Id
     target_port: PortKey
-    carry: bool = False
+    carry: Flag = False
     origin: Literal["manual", "auto", "hyper"] = "manual"
 
 
@@ -63,10 +75,10 @@ class LoopEntry(Strict):
     """Settings of one cycle; with `grad_steps` gradients flow back through the last so many iterations only."""
 
     loop_id: Id
-    num_steps: int | None = Field(default=None, ge=1)
+    num_steps: Whole | None = Field(default=None, ge=1)
     until: Until | None = None
     order: list[Id] | None = None
-    grad_steps: int | None = Field(default=None, ge=1)
+    grad_steps: Whole | None = Field(default=None, ge=1)
 
 
 class NodeEntry(Strict):
@@ -77,7 +89,7 @@ class NodeEntry(Strict):
     config: Json = {}
     model: Id | None = None
     shares: Id | None = None
-    trainable: bool = True
+    trainable: Flag = True
     defaults: Json = {}
     hints: dict[str, str] = {}
     links: list[HyperLink] = []
@@ -115,7 +127,7 @@ class ToolEntry(Strict):
     description: str | None = None
     parameters: Json | None = None
     result_port: PortKey | None = None
-    timeout: float | None = Field(default=None, gt=0)
+    timeout: Real | None = Field(default=None, gt=0)
 
 
 class GraphEntry(LevelEntry):
@@ -142,11 +154,11 @@ class PortEntry(Strict):
 
     key: PortKey
     types: list[str] = Field(min_length=1)
-    required: bool = True
+    required: Flag = True
     aggregation: Literal["single", "concat", "sum", "first", "dict"] = "single"
     concat: Json | None = None
     default: JsonValue = None
-    streamable: bool = False
+    streamable: Flag = False
     schema_: JsonValue = Field(default=None, alias="schema")
     doc: str = ""
 
@@ -194,12 +206,12 @@ class EndpointEntry(Strict):
     url_env: EnvName | None = None
     transport: str = Field(default="http", pattern=r"^[a-z][a-z0-9_]*$")
     token_env: EnvName | None = None
-    timeout_s: float = Field(default=120.0, gt=0, le=86_400)
-    connect_timeout_s: float = Field(default=5.0, gt=0, le=600)
-    retries: int = Field(default=2, ge=0, le=10)
-    backoff_s: float = Field(default=0.25, ge=0, le=60)
+    timeout_s: Real = Field(default=120.0, gt=0, le=86_400)
+    connect_timeout_s: Real = Field(default=5.0, gt=0, le=600)
+    retries: Whole = Field(default=2, ge=0, le=10)
+    backoff_s: Real = Field(default=0.25, ge=0, le=60)
     allow_hosts: list[str] = []
-    max_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    max_bytes: Whole = Field(default=256 * 1024 * 1024, ge=1024)
 
     @model_validator(mode="after")
     def _one_place(self) -> EndpointEntry:
@@ -237,6 +249,12 @@ class RemoteEntry(Placed):
     title: str | None = None
     metadata: Json = {}
 
+    @model_validator(mode="after")
+    def _a_place(self) -> RemoteEntry:
+        if self.place() is None:
+            raise ValueError("endpoint is missing: give endpoint: {url: ...} or endpoint_url")
+        return self
+
 
 def _here_or_there(entry: Any, word: str) -> None:
     if (entry.config is None) == (entry.place() is None):
@@ -248,7 +266,7 @@ class GraphNodeEntry(Placed):
 
     node_id: Id
     config: GraphEntry | None = None
-    trainable: bool = True
+    trainable: Flag = True
     defaults: Json = {}
     links: list[HyperLink] = []
 
@@ -271,7 +289,7 @@ class PipelineNodeEntry(Placed):
 
     node_id: Id
     config: PipelineEntry | None = None
-    trainable: bool = True
+    trainable: Flag = True
     defaults: Json = {}
     links: list[HyperLink] = []
 
@@ -322,7 +340,7 @@ class StageEntry(Placed):
 class WorldStageEntry(StageEntry):
     """A stage at its place in a world."""
 
-    trainable: bool = True
+    trainable: Flag = True
 
 
 class ModelEntry(Strict):
@@ -342,9 +360,9 @@ class StorageEntry(Strict):
 class BudgetEntry(Strict):
     """What a step may ask of models at most; `tokens` are those read and written, `cost` is in the unit of the prices."""
 
-    calls: int | None = Field(default=None, ge=0)
-    tokens: int | None = Field(default=None, ge=0)
-    cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    calls: Whole | None = Field(default=None, ge=0)
+    tokens: Whole | None = Field(default=None, ge=0)
+    cost: Real | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
 class AdapterSetEntry(Strict):
@@ -355,13 +373,13 @@ class AdapterSetEntry(Strict):
     """
 
     block_type: str = "adapter/lora"
-    rank: int = Field(default=8, ge=1)
-    alpha: float | None = None
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rank: Whole = Field(default=8, ge=1)
+    alpha: Real | None = None
+    dropout: Real = Field(default=0.0, ge=0, lt=1)
     modules: list[str] = Field(default=["all-linear"], min_length=1)
     targets: list[str] = Field(default=["*"], min_length=1)
-    per_stage: bool = False
-    init_seed: int = 0
+    per_stage: Flag = False
+    init_seed: Whole = 0
 
 
 class AdaptersEntry(Strict):
@@ -398,10 +416,6 @@ class ExecutionEntry(Strict):
     and `adapters` in place of cycle, models, stages and state schema, which are those of its base.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={"anyOf": [{"required": ["stages"]}, {"required": ["base", "adapters"]}]},
-    )
-
     cycle: Literal["canonical"] | list[Id] = "canonical"
     models: dict[Id, ModelEntry] = {}
     stages: dict[Id, WorldStageEntry] = {}
@@ -409,7 +423,7 @@ class ExecutionEntry(Strict):
     base: BaseEntry | None = None
     adapters: AdaptersEntry | None = None
     storage: StorageEntry = StorageEntry()
-    seed: int | None = None
+    seed: Whole | None = None
     budget: BudgetEntry = BudgetEntry()
 
     @model_validator(mode="after")
@@ -476,6 +490,4 @@ KINDS: dict[str, type[Strict]] = {
 
 def schema_of(kind: str) -> dict[str, Any]:
     """The JSON Schema of a kind of file."""
-    schema = KINDS[kind].model_json_schema(by_alias=True)
-    top = schema.pop("$ref", None)  # a world may hold a world
-    return {**schema["$defs"][top.rpartition("/")[2]], **schema} if top is not None else schema
+    return completed(KINDS[kind].model_json_schema(by_alias=True), [role for role in CANONICAL if role != UPDATE])

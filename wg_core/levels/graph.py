@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from wg_core.assembly.build import Build, fill_graph, fill_level, level_config, node_config
+from wg_core.assembly.connect import Wishes
 from wg_core.assembly.models import GraphEntry
 from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
@@ -172,6 +173,12 @@ class Graph(Level[Block], WiredGraph):
         self.tools = {
             t: {**entry, "node": new_id} if entry.get("node") == node_id else entry for t, entry in self.tools.items()
         }
+
+    def copy(self) -> Self:
+        made = super().copy()
+        wishes = self._wishes
+        made._wishes = Wishes(dict(wishes.born), dict(wishes.asked), dict(wishes.pins))
+        return made
 
     def resting(self) -> frozenset[str]:
         """Nodes that no plan calls: tools (the agent calls them) and adapters that live in another block's weights."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
+from wg_core.assembly.roles import WeightAdapter
 from wg_core.errors import CheckpointError
 from wg_core.execution.block import Block
 from wg_core.weights.load import ON_SHARED, Shared
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def hold(level: Level[Any], child: Any) -> None:
-    """Note that `level` has a block with shared models in one of its nodes."""
+    """Note that `level` has a block with shared models, or an adapter, in one of its nodes."""
     if isinstance(child, Block):
         for block in child.iter_blocks():
-            if block.model_ref() is not None:
+            if isinstance(block, WeightAdapter) or block.model_ref() is not None:
                 holders = block.__dict__.get("_holders")
                 if holders is None:
                     holders = block.__dict__["_holders"] = WeakSet[Any]()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from wg_core.assembly.contract import contract_hash
 from wg_core.assembly.roles import WeightAdapter
@@ -14,7 +15,7 @@ from wg_core.execution.block import Block, LoadReport, take_over
 from wg_core.execution.context import FRAME, Frame, RunOptions
 from wg_core.execution.drive import Held, held
 from wg_core.execution.executable_graph import Child, ExecutableGraph, Node
-from wg_core.levels.holders import hold
+from wg_core.levels.holders import hold, holders_of
 from wg_core.levels.training import Trained
 from wg_core.levels.written import Written
 from wg_core.weights.lora import active
@@ -93,7 +94,7 @@ class Level(ExecutableGraph[Child], Trained, Written):
         """Remove a node with its edges and exposed ports; adapters let go of it."""
         child = self.get_node(node_id).child
         super().remove_node(node_id)
-        if isinstance(child, WeightAdapter):
+        if isinstance(child, WeightAdapter) and not holders_of(child):
             child.detach()
         self._attach()
 
@@ -115,6 +116,19 @@ class Level(ExecutableGraph[Child], Trained, Written):
             if isinstance(node.child, WeightAdapter) and node.child.target == node_id:
                 raise NodeError(f"{self.id}/{node_id} is the target of adapter {name!r}; remove that node to rename this one")
         super().rename_node(node_id, new_id)
+
+    def copy(self) -> Self:
+        """The same structure over the same blocks, free to change by itself; the levels below are copied too."""
+        made = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (dict, list)):
+                setattr(made, name, _apart(cast("dict[Any, Any] | list[Any]", value)))
+        for node_id, node in self.nodes.items():
+            child = node.child.copy() if isinstance(node.child, Level) else node.child
+            made.nodes[node_id] = replace(node, child=child, hints=dict(node.hints), links=list(node.links))
+            hold(made, child)
+        made._plan = made._external = made._valid_stamp = None
+        return made
 
     def _hanging(self) -> Iterator[tuple[WeightAdapter, Any]]:
         """Each weight adapter here with the block of its target, or None."""
@@ -183,6 +197,13 @@ class Level(ExecutableGraph[Child], Trained, Written):
 
     def rehearse(self, inputs: Mapping[Any, Any], **options: Any) -> dict[str, Any]:
         return self.run(inputs, **options)
+
+
+def _apart(value: dict[Any, Any] | list[Any]) -> dict[Any, Any] | list[Any]:
+    """A copy down to the second level, in which nothing but values is shared."""
+    if isinstance(value, list):
+        return list(value)
+    return {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in value.items()}
 
 
 def _module_call(node: Node[Block], adapters: frozenset[int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
