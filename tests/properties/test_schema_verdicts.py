@@ -50,7 +50,8 @@ WORLD: dict[str, Any] = {
     "kind": "world", "schema_version": "1.0", "world_id": "w", "title": "W", "tags": ["t"], "content": {"places": {}},
     "execution": {
         "cycle": "canonical", "models": {"text": {"block_type": "t/a", "config": {}, "defaults": {"x": 1}}}, "storage": {"root": None},
-        "stages": {"author": LONE, "creator": {"role": "creator", **FAR}}, "state_schema": {"intent": {"mood": {"type": "string"}}}, "seed": 3, "budget": {"calls": 9, "cost": 0.5},
+        "stages": {"author": LONE, "creator": {"role": "creator", **FAR}}, "state_schema": {"intent": {"mood": {"type": "string"}}}, "seed": 3,
+        "budget": {"calls": 9, "cost": 0.5},
     },
 }  # fmt: skip
 OWN = {**WORLD, "execution": {**WORLD["execution"], "cycle": ["one", "world_update"], "stages": {"one": LONE}}}
