@@ -86,6 +86,14 @@ def test_a_large_file_is_not_even_read(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_long_comment_is_read_at_once() -> None:
+    """Design 2.13: a file within the limit does not hold the reader up; slow only where JSON escapes ask for it."""
+    assert issubclass(loader._FastLoader, yaml.CSafeLoader)
+    assert parse("# " + "x" * 3_000_000 + "\na: 1\n").data == {"a": 1}
+    with pytest.raises(ConfigError, match="<text>:2: not readable as YAML or JSON: half of a surrogate pair"):
+        parse("a: 1\nb: \ud83d\n")
+
+
 def test_dates_stay_text_and_json_is_read_too() -> None:
     assert parse("a: 2024-05-01\nb: 2024-05-01 10:00:00").data == {"a": "2024-05-01", "b": "2024-05-01 10:00:00"}
     assert parse('{"a": [1, 2.5, null, true, "x"]}').data == {"a": [1, 2.5, None, True, "x"]}

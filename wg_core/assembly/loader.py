@@ -36,6 +36,13 @@ class _Loader(yaml.SafeLoader):
     """Reads the numbers that JSON has."""
 
 
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """The same in C, some fifty times faster; it refuses characters that JSON writes as two escapes."""
+
+
+_PAIRS = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 class Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads back, without aliases."""
 
@@ -43,7 +50,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
-for _side in (_Loader, Dumper):
+for _side in (_Loader, _FastLoader, Dumper):
     cast(Any, _side).add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
@@ -97,9 +104,13 @@ def parse(text: str, source: str = "<text>") -> Document:
     """
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{source}: {len(text)} characters; the limit is {MAX_BYTES}")
+    loader: Any = _Loader if _PAIRS.search(text) else _FastLoader
     try:
-        _check_events(text, source)
-        node = cast(Any, yaml.compose(text, Loader=_Loader))
+        _check_events(text, source, loader)
+        node = cast(Any, yaml.compose(text, Loader=loader))
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        raise ConfigError(f"{source}:{line}: not readable as YAML or JSON: half of a surrogate pair is no character") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -110,9 +121,9 @@ def parse(text: str, source: str = "<text>") -> Document:
     return document
 
 
-def _check_events(text: str, source: str) -> None:
+def _check_events(text: str, source: str, loader: Any) -> None:
     depth = documents = 0
-    events = cast("Iterable[Any]", yaml.parse(text, Loader=yaml.SafeLoader))
+    events = cast("Iterable[Any]", yaml.parse(text, Loader=loader))
     for count, event in enumerate(events, 1):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
