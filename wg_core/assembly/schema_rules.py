@@ -69,6 +69,9 @@ def completed(schema: dict[str, Any], canonical: list[str]) -> dict[str, Any]:
 
     `canonical` names the stages of the canonical cycle.
     """
+    top = schema.pop("$ref", None)
+    if top is not None:  # a kind that may hold one of its own kind
+        schema = {**schema["$defs"][top.rpartition("/")[2]], **schema}
     for name, model in [(schema.get("title"), schema), *schema.get("$defs", {}).items()]:
         rules = RULES.get(str(name), [])
         if rules:
