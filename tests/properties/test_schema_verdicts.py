@@ -55,10 +55,15 @@ WORLD: dict[str, Any] = {
     },
 }  # fmt: skip
 OWN = {**WORLD, "execution": {**WORLD["execution"], "cycle": ["one", "world_update"], "stages": {"one": LONE}}}
+SET = {"block_type": "adapter/lora", "rank": 4, "alpha": 8, "dropout": 0.1, "modules": ["q"], "targets": ["*"], "per_stage": True, "init_seed": 1}
+LORA = {
+    "kind": "world", "world_id": "l", "title": "L", "content": {},
+    "execution": {"base": {"world": OWN, "config_hash": "0" * 64}, "adapters": {"folder": "f", "sets": {"style": SET}}, "seed": 3},
+}  # fmt: skip
 END = {"kind": "end_world", "schema_version": "1.0", "world_id": "w", "title": "W", "tags": ["t"], "content": {"root": "0" * 64}}
 GOOD: dict[str, list[dict[str, Any]]] = {
     "graph": [GRAPH], "pipeline": [PIPELINE], "stage": [STAGE, LONE, {"kind": "stage", "reads": ["intent"], **FAR}],
-    "remote": [{"kind": "remote", "id": "r", **FAR}, {"endpoint_url": "http://h"}], "world": [WORLD, OWN], "end_world": [END],
+    "remote": [{"kind": "remote", "id": "r", **FAR}, {"endpoint_url": "http://h"}], "world": [WORLD, OWN, LORA], "end_world": [END],
 }  # fmt: skip
 
 VALUES: list[Any] = [

@@ -57,6 +57,8 @@ def test_every_level_in_a_file_has_its_own_version() -> None:
     assert inner[1]["config"]["id"] == "h" and stages["s"]["id"] == "s"
     assert stages["t"]["graph"]["nodes"] == [] and stages["t"]["graph"]["id"] == "g"
     assert pipeline["name"] == "p"
+    lora = {"kind": "world", "execution": {"base": {"world": {"kind": "world", "schema_version": "1.1", "name": "w"}}}}
+    assert migrated(lora, "world", newer())["execution"]["base"]["world"] == {"kind": "world", "schema_version": "1.2", "id": "w"}
 
 
 def test_another_major_is_refused_with_both_versions() -> None:

@@ -31,6 +31,8 @@ def _children(data: dict[str, Any], kind: str) -> Iterator[tuple[Where, str, dic
     if kind == "world":
         for role, stage in _mapping(_mapping(data.get("execution")).get("stages")).items():
             found.append((("execution", "stages", role), "stage", stage))
+        base = _mapping(_mapping(data.get("execution")).get("base"))
+        found.append((("execution", "base", "world"), "world", base.get("world")))
     for where, child, value in found:
         if isinstance(value, dict):
             yield where, child, cast("dict[str, Any]", value)
