@@ -9,6 +9,7 @@ BLOCKS = {
     "llm/fake": "wg_blocks.llm_fake:FakeLLM",
     "llm/api": "wg_blocks.api.llm:ApiLLM",
     "vlm/api": "wg_blocks.api.vlm:ApiVLM",
+    "embedding/minilm": "wg_blocks.embedding_local:SentenceEmbedding",
     "embedding/api": "wg_blocks.api.embedding:ApiEmbedding",
     "generator/api": "wg_blocks.api.image:ApiImage",
     "speech/api": "wg_blocks.api.speech:ApiSpeech",

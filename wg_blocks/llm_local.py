@@ -50,15 +50,12 @@ def load(folder: Path, dtype: str = "float32", *, weights: bool = True) -> tuple
     WG_TORCH_THREADS (default 1): more are slower as soon as cores are shared.
     """
     try:
-        import torch
+        import torch  # noqa: F401
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
     except ImportError as error:
         raise MissingExtraError("llm/hf needs torch and transformers: pip install torch transformers") from error
-    threads = os.environ.get("WG_TORCH_THREADS", "1")
-    if not threads.isdigit() or threads == "0":
-        raise ConfigError(f"WG_TORCH_THREADS is a whole number from 1, not {threads!r}")
-    torch.set_num_threads(int(threads))
+    set_threads()
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -75,6 +72,16 @@ def load(folder: Path, dtype: str = "float32", *, weights: bool = True) -> tuple
         if bars:
             logging.enable_progress_bar()
     return model.eval(), tokenizer
+
+
+def set_threads() -> None:
+    """Set the process's torch threads to WG_TORCH_THREADS, by default 1. Raises: ConfigError."""
+    import torch
+
+    threads = os.environ.get("WG_TORCH_THREADS", "1")
+    if not threads.isdigit() or threads == "0":
+        raise ConfigError(f"WG_TORCH_THREADS is a whole number from 1, not {threads!r}")
+    torch.set_num_threads(int(threads))
 
 
 def load_tokenizer(folder: Path) -> Any:

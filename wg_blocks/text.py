@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from wg_blocks.search import Build, searcher
 from wg_core import Block, Port
 from wg_core.errors import ConfigError, PortValueError
 
@@ -86,7 +87,8 @@ class Template(Block):
 class Context(Block):
     """Asks a world's view for the items nearest to `query` (without one: in the view's own order), best first.
 
-    Raises: ConfigError for a limit below 1.
+    `search` names the embedding model that says what is near: `{block_type, config}`, in a world `{model: NAME}`. Without
+    it items are ranked by words. Raises: ConfigError for a limit below 1, or a model that gives no embeddings.
     """
 
     role = "world"
@@ -96,14 +98,18 @@ class Context(Block):
         Port("items", "out", "list", description="{text, source}, best first"),
     )
 
-    def __init__(self, *, limit: int = 64) -> None:
+    def __init__(self, *, limit: int = 64, search: Mapping[str, Any] | None = None, build: Build | None = None) -> None:
         super().__init__()
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise ConfigError(f"world/context: limit is a whole number from 1, not {limit!r}")
         self.limit = limit
+        self._search = searcher(search, build)
+
+    def get_sub_blocks(self) -> dict[str, Block]:
+        return {"search": self._search.block} if self._search is not None else {}
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        found = inputs["world"].items(render(inputs.get("query", "")))
+        found = inputs["world"].items(render(inputs.get("query", "")), rank=self._search)
         return {"items": [{"text": i["text"], "source": i["source"]} for i in islice(found, self.limit)]}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wg_core import Port
+from wg_blocks.search import Build, searcher
+from wg_core import Block, Port
 from wg_core.assembly.roles import Tool
 from wg_core.errors import ToolError, did_you_mean
 
@@ -22,7 +23,18 @@ def _count(name: str, default: int, what: str) -> Port:
     return Port(name, "in", "number", default=default, schema=schema, description=what)
 
 
-class SearchContent(Tool):
+class _Searching(Tool):
+    """A tool that searches by words, or with `search: {block_type, config}` by meaning (see `world/context`)."""
+
+    def __init__(self, *, search: Mapping[str, Any] | None = None, build: Build | None = None) -> None:
+        super().__init__()
+        self.rank = searcher(search, build)
+
+    def get_sub_blocks(self) -> dict[str, Block]:
+        return {"search": self.rank.block} if self.rank is not None else {}
+
+
+class SearchContent(_Searching):
     """Finds what is known in the world about some words."""
 
     ports = (
@@ -33,7 +45,7 @@ class SearchContent(Tool):
     )
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"result": inputs["world"].search(inputs["query"], int(inputs["limit"]), linked=False)}
+        return {"result": inputs["world"].search(inputs["query"], int(inputs["limit"]), linked=False, rank=self.rank)}
 
 
 class ReadEntity(Tool):
@@ -101,7 +113,7 @@ class ReadChronicle(Tool):
         return {"result": [{"step": e["step"], "narrative": e["narrative"]} for e in entries]}
 
 
-class QuoteEndWorld(Tool):
+class QuoteEndWorld(_Searching):
     """Quotes from the finished worlds that this world is linked to.
 
     Raises: ToolError for a world that is not linked.
@@ -119,4 +131,5 @@ class QuoteEndWorld(Tool):
         world, one = inputs["world"], inputs.get("from_world")
         if one is not None and one not in world.linked_ids:
             raise ToolError(f"no end world {one!r} is linked; {did_you_mean(one, world.linked_ids)}")
-        return {"result": world.search(inputs["query"], int(inputs["limit"]), linked=one if one is not None else True)}
+        linked = one if one is not None else True
+        return {"result": world.search(inputs["query"], int(inputs["limit"]), linked=linked, rank=self.rank)}

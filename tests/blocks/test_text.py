@@ -113,7 +113,7 @@ class View:
         self.texts = texts
         self.asked: list[str] = []
 
-    def items(self, query: str = "") -> list[dict[str, str]]:
+    def items(self, query: str = "", rank: Any = None) -> list[dict[str, str]]:
         self.asked.append(query)
         words = set(query.lower().split())
         ranked = sorted(self.texts, key=lambda t: -len(words & set(t.lower().split())))

@@ -16,12 +16,18 @@ from wg_core.assembly.registry import default_registry
 from wg_core.errors import MissingModelError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "blocks"))
+from tiny_bert import save_tiny_bert
 from tiny_lm import save_tiny_lm
 
 
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_lm(tmp_path_factory.mktemp("tiny_lm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny_bert"))
 
 
 def tensor(*shape: int) -> Any:
@@ -86,6 +92,9 @@ def case(block_type: str, request: pytest.FixtureRequest) -> Case:
     if block_type == "llm/hf":
         folder = str(request.getfixturevalue("tiny_lm"))
         return {"checkpoint_ref": folder}, lambda: {"prompt": "The harbour", "params": {"max_new_tokens": 4}}
+    if block_type == "embedding/minilm":
+        folder = str(request.getfixturevalue("tiny_bert"))
+        return {"checkpoint_ref": folder}, lambda: {"input": ["the lamp", "a storm at night"]}
     if block_type == "image/terrain":
         try:
             ModelStore().path("terrain-consistency")

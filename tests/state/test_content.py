@@ -306,8 +306,10 @@ def test_view_ranks_whole_items():
     assert sources[7] == "entity:mara" and "entity:old_ben" not in sources
     assert "keeper of the lighthouse" in items[7]["text"]
     assert view.items("highest water")[7]["source"] == "term:spring_tide"
-    everything_else = {item["source"] for item in view.items()[7:]}
-    assert everything_else == {"entity:mara", "entity:old_ben", "place:north_pier", "term:spring_tide", "story"}
+    rest = {item["source"] for item in view.items()[7:]}
+    old = {"chronicle:0", "chronicle:1"}
+    assert rest == {"entity:mara", "entity:old_ben", "place:north_pier", "term:spring_tide", "story"} | old
+    assert view.items("what was event 1")[7]["source"] == "chronicle:1"
     assert view.items("zzz") == view.items() and view.items("x", limit=2) == items[:2]
     assert all(not isinstance(v, dict) for item in items for v in item.values())
 

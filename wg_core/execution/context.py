@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, cast
 
@@ -283,6 +284,22 @@ class CallContext:
         if self.frame is not None:
             check_stop(self.frame)
             self.frame.emit(kind, node_id=self.node_id, iteration=self.iteration, data=data)
+
+
+@contextmanager
+def unrecorded() -> Generator[None]:
+    """Inside, what models are asked is not recorded by itself: it is part of a call that is."""
+    frame = FRAME.get()
+    if frame is None or frame.options.calls is None:
+        yield
+        return
+    quiet = copy(frame)
+    quiet.options = replace(frame.options, calls=None)
+    token = FRAME.set(quiet)
+    try:
+        yield
+    finally:
+        FRAME.reset(token)
 
 
 @contextmanager

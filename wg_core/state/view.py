@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wg_core.state.content import WorldContent
 
 RECENT = 3
+NEAR = 0.2
+Ranker = Callable[[str, Sequence[str]], Sequence[float]]
+"""How near each of some texts is to a query: 1 says the same, what is not above `NEAR` has nothing to do with it."""
 _WORD = re.compile(r"\w+")
 _K1, _B = 1.2, 0.75
 
@@ -69,11 +72,11 @@ class WorldView:
         """A record of a kind (entity, place, term, rule), None if there is none."""
         return self._content.get(kind, id)
 
-    def items(self, query: str = "", limit: int | None = None) -> list[dict[str, str]]:
+    def items(self, query: str = "", limit: int | None = None, *, rank: Ranker | None = None) -> list[dict[str, str]]:
         """Whole items `{text, source}`, most important first: style, rules, description, last events, what is relevant.
 
-        Relevance is lexical (Okapi BM25, Robertson and Zaragoza 2009). Without a query, or when nothing matches, what
-        changed last comes first. Of linked worlds, the passage nearest to the query stands before the last events. The
+        Relevance is what `rank` says, without it lexical (Okapi BM25, Robertson and Zaragoza 2009). Without a query, or
+        when nothing matches, what changed last comes first. Of linked worlds, the passage nearest to the query stands before the last events. The
         text of an item is never cut; `limit` bounds their number.
         """
         found: list[dict[str, str]] = []
@@ -83,7 +86,7 @@ class WorldView:
             found.append({"text": f"Rule: {_body(record)}", "source": f"rule:{record['id']}"})
         if self.description:
             found.append({"text": self.description, "source": "description"})
-        candidates = self._ranked(query)
+        candidates = self._ranked(query, rank)
         quoted = next((c for c in candidates if c.linked), None)
         if quoted is not None:
             found.append({"text": quoted.text, "source": quoted.source})
@@ -104,13 +107,15 @@ class WorldView:
         """The ids of the linked worlds that can be quoted."""
         return sorted(self._linked)
 
-    def search(self, query: str, limit: int | None = None, *, linked: str | bool | None = None) -> list[dict[str, str]]:
-        """What shares words with the query, as whole items `{text, source}`, best first; nothing where nothing does.
+    def search(
+        self, query: str, limit: int | None = None, *, linked: str | bool | None = None, rank: Ranker | None = None
+    ) -> list[dict[str, str]]:
+        """What is near to the query (without `rank`: shares words with it), best first; nothing where nothing is.
 
         `linked=False` looks into this world only, True into all linked ones, an id into that one. The order is as in
         `items`.
         """
-        found = [c for c in self._matching(query) if linked is None or c.linked is bool(linked)]
+        found = [c for c in self._matching(query, rank) if linked is None or c.linked is bool(linked)]
         if isinstance(linked, str):
             found = [c for c in found if c.source.startswith(f"{linked}/")]
         return [{"text": c.text, "source": c.source} for c in found[:limit]]
@@ -122,14 +127,17 @@ class WorldView:
                 self._candidates += _candidates(content, world)
         return self._candidates
 
-    def _matching(self, query: str) -> list[_Candidate]:
+    def _matching(self, query: str, rank: Ranker | None) -> list[_Candidate]:
         candidates = self._all()
-        scores = _bm25(_words(query), candidates)
+        if rank is None or not query.strip() or not candidates:
+            scores, least = _bm25(_words(query), candidates), 0.0
+        else:
+            scores, least = rank(query, [c.text for c in candidates]), NEAR
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], -candidates[i].step, i))
-        return [candidates[i] for i in order if scores[i] > 0]
+        return [candidates[i] for i in order if scores[i] > least]
 
-    def _ranked(self, query: str) -> list[_Candidate]:
-        return self._matching(query) or sorted(self._all(), key=lambda c: -c.step)
+    def _ranked(self, query: str, rank: Ranker | None) -> list[_Candidate]:
+        return self._matching(query, rank) or sorted(self._all(), key=lambda c: -c.step)
 
 
 class _Candidate:
@@ -146,7 +154,7 @@ class _Candidate:
 
 
 def _candidates(content: WorldContent, world: str = "") -> list[_Candidate]:
-    """What of a content may be relevant; of a linked `world` also its rules, description and chronicle."""
+    """What of a content may be relevant; of a linked `world` also its rules and description."""
     found: list[_Candidate] = []
     prefix, says = (f"{world}/", f"{world}: ") if world else ("", "")
 
@@ -165,8 +173,9 @@ def _candidates(content: WorldContent, world: str = "") -> list[_Candidate]:
         add(content.description, "description")
         for record in content.records("rule"):
             add(f"Rule: {_body(record)}", f"rule:{record['id']}")
-        for entry in content.chronicle():
-            add(entry["narrative"].strip(), f"chronicle:{entry['step']}")
+    for entry in content.chronicle():
+        text = entry["narrative"].strip()
+        add(f"Step {entry['step']}: {text}" if text and not world else text, f"chronicle:{entry['step']}", entry["step"])
     return found
 
 
