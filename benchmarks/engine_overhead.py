@@ -135,6 +135,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], int]]:
         found[f"chain {n}"] = (engine(chain(n)), n)
         found[f"bare loop {n}"] = (bare(n), n)
         found[f"nn.Sequential {n}"] = (sequential(n), n)
+    found["heard chain 1000"] = (engine(chain(1000), callbacks=(lambda event: None,)), 1000)
     found["async chain 1000"] = (waiting(chain(1000)), 1000)
     found["chain 10000"] = (engine(chain(10_000)), 10_000)
     found["fan 100"] = (engine(fan(100)), 102)
@@ -160,6 +161,23 @@ def medians(repeats: int) -> dict[str, float]:
     finally:
         gc.enable()
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def python_calls(graph: Graph, nodes: int) -> float:
+    """Python function calls of a run per node, the block's own included."""
+    graph.run({"x": 0})
+    counted = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal counted
+        counted += event == "call"
+
+    sys.setprofile(count)
+    try:
+        graph.run({"x": 0})
+    finally:
+        sys.setprofile(None)
+    return counted / nodes
 
 
 def prepare(graph: Graph, compiled: bool) -> Graph:
@@ -199,6 +217,10 @@ def measure(repeats: int) -> dict[str, Any]:
     per_node = medians(repeats)
     return {
         "us_per_node": {name: round(value, 3) for name, value in per_node.items()},
+        "hook_adds_us_per_node": round(per_node["heard chain 1000"] - per_node["chain 1000"], 2),
+        "python_calls_per_node_chain_1000": round(python_calls(chain(1000), 1000), 2),
+        "python_calls_per_node_chain_10": round(python_calls(chain(10), 10), 2),
+        "python_calls_per_node_fan_100": round(python_calls(fan(100), 102), 2),
         "engine_over_bare_1000": round(per_node["chain 1000"] / per_node["bare loop 1000"], 2),
         "engine_over_sequential_1000": round(per_node["chain 1000"] / per_node["nn.Sequential 1000"], 2),
         "fan_over_bare": round(per_node["fan 100"] / per_node["bare loop 102"], 2),
