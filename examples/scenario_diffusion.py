@@ -13,7 +13,7 @@ import torch
 from shapes import SHAPES, SIZE, batch, save, text
 from torch import nn
 
-from wg_core import Graph, Port
+from wg_core import Graph
 from wg_core.assembly.registry import default_registry
 from wg_core.assembly.roles import Backbone
 from wg_core.weights.module import ModuleBlock
@@ -25,10 +25,7 @@ class ShapeNet(ModuleBlock, Backbone):
     """A UNet of one level that is told time and condition [B,L,D]: [B,1,16,16] to [B,1,16,16]."""
 
     role = "backbone"
-    ports = (
-        Port("latent", "in", "tensor"), Port("timestep", "in", "tensor|number"), Port("condition", "in", "tensor"),
-        Port("pred", "out", "tensor"),
-    )  # fmt: skip
+    ports = Backbone.ports
 
     def build_modules(self) -> dict[str, nn.Module]:
         def conv(i: int, o: int, **more: int) -> nn.Module:
@@ -45,7 +42,8 @@ class ShapeNet(ModuleBlock, Backbone):
         net, x = self.modules, inputs["latent"]
         t = torch.as_tensor(inputs["timestep"], dtype=x.dtype).reshape(-1, 1).expand(len(x), 1)
         waves = torch.cat([t, *(f(t * 2**k) for k in range(4) for f in (torch.sin, torch.cos))], dim=1)
-        scale, shift = net["told"](torch.cat([waves, inputs["condition"].mean(1)], dim=1))[:, :, None, None].chunk(2, dim=1)
+        told = inputs["condition"].mean(1) if "condition" in inputs else x.new_zeros(len(x), DIM)
+        scale, shift = net["told"](torch.cat([waves, told], dim=1))[:, :, None, None].chunk(2, dim=1)
         hidden = net["first"](x) * (1 + scale) + shift
         return {"pred": net["last"](torch.cat([hidden, net["deep"](hidden)], dim=1))}
 
