@@ -36,7 +36,10 @@ class _Loader(yaml.SafeLoader):
     """Reads the numbers that JSON has."""
 
 
-class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_CLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _FastLoader(_CLoader):
     """The same in C, some fifty times faster; it refuses characters that JSON writes as two escapes."""
 
 

@@ -124,7 +124,8 @@ class Level(ExecutableGraph[Child], Trained, Written):
             if isinstance(value, (dict, list)):
                 setattr(made, name, _apart(cast("dict[Any, Any] | list[Any]", value)))
         for node_id, node in self.nodes.items():
-            child = node.child.copy() if isinstance(node.child, Level) else node.child
+            below: Any = node.child
+            child: Any = cast("Level[Any]", below).copy() if isinstance(below, Level) else below
             made.nodes[node_id] = replace(node, child=child, hints=dict(node.hints), links=list(node.links))
             hold(made, child)
         made._plan = made._external = made._valid_stamp = None
@@ -203,7 +204,7 @@ def _apart(value: dict[Any, Any] | list[Any]) -> dict[Any, Any] | list[Any]:
     """A copy down to the second level, in which nothing but values is shared."""
     if isinstance(value, list):
         return list(value)
-    return {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in value.items()}
+    return {k: copy.copy(cast(Any, v)) if isinstance(v, (dict, list)) else v for k, v in value.items()}
 
 
 def _module_call(node: Node[Block], adapters: frozenset[int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
