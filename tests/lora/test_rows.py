@@ -1,0 +1,66 @@
+"""Rows of one batch, each with the adapters of its own call: what a world gets equals what it gets alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import AT, base_world, block_at, teach
+
+from wg_core.errors import AdapterError
+from wg_core.levels.lora_world import lora_world
+from wg_core.levels.training import calling
+from wg_core.weights.lora import per_row, working_on
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.getbasetemp() / "worlds"
+    made.mkdir(exist_ok=True)
+    return made
+
+
+def test_one_padded_batch_for_several_worlds(folder: Path, tmp_path: Path) -> None:
+    """03 L-3: base, two worlds and a world with two sets in one batch; logits and greedy tokens as one by one."""
+    base = base_world(folder, tmp_path / "snapshots")
+    worlds: list[Any] = [base, lora_world(base, "noir"), lora_world(base, "calm", per_stage=True), lora_world(base, "both", rank=2)]
+    worlds[3].add_adapter("more", rank=3)
+    for seed, world in enumerate(worlds[1:], 1):
+        teach(world, seed)
+    block: Any = block_at(base, AT["judge"])
+    prompts = [block._prompt_ids([{"role": "user", "content": "The lamp" * (i + 1)}]) for i in range(4)]
+
+    def written(rows: list[list[int]], steps: int = 5) -> list[list[int]]:
+        """Greedy continuations, the batch padded on the left."""
+        rows = [list(r) for r in rows]
+        for _ in range(steps):
+            width = max(map(len, rows))
+            ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+            places = (mask.cumsum(-1) - 1).clamp(min=0)
+            scores = block.modules["lm"](input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -1]
+            for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
+                row.append(token)
+        return rows
+
+    alone, chosen = [], []
+    with torch.no_grad():
+        for world, prompt in zip(worlds, prompts, strict=True):
+            with calling(world, AT["judge"], training=False):
+                chosen.append(working_on(block))
+                alone += written([prompt])
+        with per_row(chosen):
+            together = written(prompts)
+            logits = block.modules["lm"](torch.tensor([[1, 5, 7]] * 4)).logits
+        singles = []
+        for world in worlds:
+            with calling(world, AT["judge"], training=False):
+                singles.append(block.modules["lm"](torch.tensor([[1, 5, 7]])).logits)
+    assert [len(c) for c in chosen] == [0, 1, 1, 2]
+    assert together == alone
+    torch.testing.assert_close(logits, torch.cat(singles), atol=1e-5, rtol=1e-4)
+    assert len({tuple(r.flatten().tolist()) for r in logits}) == 4
+    with per_row(chosen), pytest.raises(AdapterError, match="does not begin with the batch of 4 rows"):
+        block.modules["lm"](torch.tensor([[1, 5, 7]] * 3))
