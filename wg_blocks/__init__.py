@@ -34,6 +34,8 @@ BLOCKS = {
     "solver/ddim": "wg_blocks.sampling:DDIM",
     "guidance/cfg": "wg_blocks.sampling:ClassifierFree",
     "adapter/lora": "wg_blocks.lora:LoRA",
+    "text/prefix": "wg_blocks.prefix:TextPrefix",
+    "projection/head": "wg_blocks.head:OutputHead",
     "agent/scripted": "wg_blocks.agent_scripted:ScriptedAgent",
     "agent/llm": "wg_blocks.agent_llm:LLMAgent",
     "tool/search_content": "wg_blocks.world_tools:SearchContent",

@@ -73,6 +73,7 @@ CASES: dict[str, Case] = {
     "tool/read_entity": ({}, lambda: {"world": WorldContent.from_seed({"characters": ["Ada"]}).view(), "id": "ada"}),
     "agent/scripted": ({"script": ["first", {"tool_calls": [{"tool_id": "t", "arguments": {}}]}]}, None),
     "adapter/lora": ({"target": "net", "rank": 2}, None),
+    "projection/head": ({"width_in": 4, "width_out": 2, "hidden": 3}, lambda: {"tensor": tensor(2, 4)}),
     "backbone/toy": (
         {"condition_dim": 8},
         lambda: {"latent": tensor(2, 4, 8, 8), "timestep": 0.5, "condition": tensor(2, 3, 8),

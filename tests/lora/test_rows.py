@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import AT, base_world, block_at, teach
 
 from wg_core.errors import AdapterError
 from wg_core.levels.lora_world import lora_world
 from wg_core.levels.training import calling
 from wg_core.weights.lora import per_row, working_on
+from worlds import AT, base_world, block_at, teach
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import AT, block_at, config, texts
 
 from wg_core import Graph, ModelPool, World
 from wg_core.levels.lora_world import lora_world
 from wg_core.levels.training import calling
 from wg_core.weights.training_config import TrainingConfig
+from worlds import AT, block_at, config, texts
 
 NET, END = "tell/tell/tell/net", "tell/tell/tell/solver:next_latent"
 DATA = torch.zeros(1, 1, 8, 8)

@@ -80,7 +80,8 @@ class LoraWorld(World):
         self._linked = dict(base._linked)
         self._own: dict[str, Any] = {"content": content, "seed": seed, "budget": None if budget is None else dict(budget)}
         limits = base._execution.get("budget") if budget is None else dict(budget)
-        self._execution |= {"budget": limits} if limits else {}
+        if limits:
+            self._execution.update(budget=limits)
         self._registry = registry or default_registry()
         self._sets: dict[str, AdapterSetEntry] = {}
         self._spots: dict[str, list[Spot]] = {}
@@ -376,7 +377,7 @@ class LoraWorld(World):
             self.base, new_id, self._sets, active=self._active, folder=self.adapter_folder, title=self.title, tags=self.tags,
             store=self.store, registry=self._registry, source=self.folder, **self._own,
         )  # fmt: skip
-        forked._execution = dict(self._execution)
+        forked._execution.update(self._execution)
         for name, adapter in self.adapters().items():
             if adapter.materialized:
                 other = forked.adapters()[name]
