@@ -30,6 +30,12 @@ def to_int8(model: Any) -> Any:
     return model.requires_grad_(False)
 
 
+def packed_bytes(model: Any) -> int:
+    """Bytes of the packed weights below `model`, which are no tensors of it."""
+    layers = (layer for layer in model.modules() if isinstance(layer, _layer_class()))
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
 @lru_cache(maxsize=1)
 def _layer_class() -> Any:
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wg_blocks.decoding import EMIT_EVERY, PrefixCache, Vocabulary, Writer, decode, decode_batch
-from wg_blocks.int8 import to_int8
+from wg_blocks.int8 import packed_bytes, to_int8
 from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import LLM_PORTS, Message, Settings, answers_in_pieces, pack, with_context
 from wg_blocks.store import ModelStore
@@ -198,6 +198,11 @@ class CausalLM(ModuleBlock):
             for name, data in self._files.items():
                 (Path(temp) / name).write_bytes(data.numpy().tobytes())
             yield Path(temp)
+
+    @property
+    def nbytes(self) -> int:
+        packed = 0 if self.weights is None or self._built is None else packed_bytes(self._built["lm"])
+        return super().nbytes + packed
 
     @property
     def module(self) -> Any:

@@ -162,6 +162,23 @@ def test_evicting_closes(registry: BlockRegistry, pool: ModelPool) -> None:
     assert model(registry, pool, checkpoint_ref="m") is not one
 
 
+def test_a_pinned_model_stays_until_it_is_released(registry: BlockRegistry, pool: ModelPool) -> None:
+    """03 W-20."""
+    one, two = (model(registry, pool, checkpoint_ref=r) for r in ("m", "n"))
+    key = next(entry.key for entry in pool.list() if entry.block is one)
+    pool.pin(key)
+    with pytest.raises(ConfigError, match="pinned; release it first"):
+        pool.evict(key)
+    pool.clear()
+    assert [(e.block, e.pinned, e.nbytes) for e in pool.list()] == [(one, True, 0)]
+    assert model(registry, pool, checkpoint_ref="m") is one and model(registry, pool, checkpoint_ref="n") is not two
+    pool.release(key)
+    pool.clear()
+    assert len(pool) == 0 and pool.nbytes == 0
+    with pytest.raises(ConfigError, match="holds no model"):
+        pool.pin(key)
+
+
 def test_two_nodes_of_one_model_share_weights_parameters_and_state(registry: BlockRegistry, pool: ModelPool) -> None:
     """01 A-10, 02 acceptance 2: each parameter once, stored once; sharing comes back from the config."""
     graph = Graph("g")

@@ -159,6 +159,9 @@ def test_int8_weights_are_a_model_of_their_own_that_cannot_learn(folder: Path, t
     plain: Any = default_registry().build(config, pool=pool)
     block: Any = default_registry().build(small, pool=pool)
     assert block is not plain and block.model_ref() != plain.model_ref()
+    block.materialize()
+    plain.materialize()
+    assert pool.nbytes == block.nbytes + plain.nbytes > 0 and block.nbytes < plain.nbytes
     prompt = block._prompt_ids([{"role": "user", "content": "The ferry waits for the tide and the bell."}])
     with torch.no_grad():
         ours, theirs = (read_prompt(b.module, prompt, None, ())[0] for b in (block, plain))

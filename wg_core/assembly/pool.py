@@ -8,7 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from wg_core.errors import ConfigError
 from wg_core.execution.block import Block, model_key
+from wg_core.weights.module import ModuleBlock
 
 if TYPE_CHECKING:
     from wg_core.assembly.registry import BlockRegistry
@@ -18,10 +20,16 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class PoolEntry:
-    """One shared block."""
+    """One shared block, and whether it is pinned."""
 
     key: Key
     block: Block
+    pinned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights as they lie in memory now; 0 before they are loaded, and for remote models."""
+        return sum(b.nbytes for b in self.block.iter_blocks() if isinstance(b, ModuleBlock))
 
 
 class ModelPool:
@@ -29,6 +37,7 @@ class ModelPool:
 
     def __init__(self) -> None:
         self._entries: dict[Key, Future[Block]] = {}
+        self._pinned: set[Key] = set()
         self._lock = threading.Lock()
 
     def get_or_build(self, config: Mapping[str, Any], registry: BlockRegistry) -> Block:
@@ -72,22 +81,45 @@ class ModelPool:
         """What is held now."""
         with self._lock:
             done = [(k, f) for k, f in self._entries.items() if f.done() and f.exception() is None]
-        return [PoolEntry(key, future.result()) for key, future in done]
+            pinned = set(self._pinned)
+        return [PoolEntry(key, future.result(), key in pinned) for key, future in done]
 
     def __len__(self) -> int:
         return len(self.list())
 
-    def evict(self, key: Key) -> None:
-        """Close and forget one block."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights held."""
+        return sum(entry.nbytes for entry in self.list())
+
+    def pin(self, key: Key) -> None:
+        """Keep one block from being evicted. Raises: ConfigError for a key that is not held."""
         with self._lock:
+            if key not in self._entries:
+                raise ConfigError(
+                    f"the pool holds no model {'/'.join(key)}; it holds {sorted(map('/'.join, self._entries))}"
+                )
+            self._pinned.add(key)
+
+    def release(self, key: Key) -> None:
+        """Undo `pin`."""
+        with self._lock:
+            self._pinned.discard(key)
+
+    def evict(self, key: Key) -> None:
+        """Close and forget one block; its users load it again. Raises: ConfigError for a pinned one."""
+        with self._lock:
+            if key in self._pinned:
+                raise ConfigError(f"model {'/'.join(key)} is pinned; release it first")
             future = self._entries.pop(key, None)
         if future is not None and future.exception() is None:
             future.result().close()
 
     def clear(self) -> None:
-        """Close and forget all."""
+        """Close and forget all that is not pinned."""
         for entry in self.list():
-            self.evict(entry.key)
+            if not entry.pinned:
+                self.evict(entry.key)
 
 
 _default = ModelPool()

@@ -153,6 +153,12 @@ class ModuleBlock(Block):
             prefix = f"{name}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as they lie in memory now, tied ones once; 0 before they are loaded."""
+        stores = (tensor.untyped_storage() for tensor in self._tensors())
+        return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+
     def _tensors(self) -> Iterator[Tensor]:
         for module in (self._built or {}).values():
             yield from module.parameters()
