@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from wg_blocks.llm_local import CausalLM
 from wg_blocks.store import ModelStore
 from wg_core import Graph, ModelPool
 from wg_core.assembly.registry import default_registry
-from wg_core.errors import AbortRun, ConfigError, MissingExtraError, MissingModelError, PortValueError
+from wg_core.errors import AbortRun, ConfigError, MissingModelError, PortValueError
 
 INSTALLED = importlib.util.find_spec("xllamacpp") is not None
 CONFIG = {"block_type": "llm/hf", "config": {"backend": "llama_cpp", "checkpoint_ref": "smollm2-135m-instruct-gguf"}}
@@ -38,11 +39,14 @@ def test_a_backend_of_the_type_with_the_same_ports(monkeypatch: pytest.MonkeyPat
         GGUF(checkpoint_ref=str(tmp_path / "other.safetensors")).materialize()
 
 
-def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # as if it were not installed
+def test_without_the_package_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(MissingExtraError, match="llama_cpp"):
-        GGUF(checkpoint_ref=str(tmp_path / "m.gguf")).run({"prompt": "Hi"})
+    code = (
+        "import sys; sys.modules['xllamacpp'] = None\n"  # as if it were not installed
+        "from wg_blocks.llm_gguf import GGUF; GGUF(checkpoint_ref=sys.argv[1]).run({'prompt': 'Hi'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.gguf")], capture_output=True, text=True)
+    assert "MissingExtraError: backend llama_cpp needs xllamacpp: pip install" in done.stderr
 
 
 @pytest.mark.slow
