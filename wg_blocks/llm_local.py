@@ -426,6 +426,11 @@ class CausalLM(ModuleBlock):
                 "leave weights out of its config"
             )
 
+    @property
+    def fixed(self) -> str:
+        """Why a LoRA world passes this model over; empty where it can be adapted."""
+        return f"its weights are {self.weights}, which are neither trained nor adapted" if self.weights is not None else ""
+
     def adapter_slots(self) -> list[str]:
         return [] if self.weights is not None else super().adapter_slots()
 

@@ -12,6 +12,7 @@ import torch
 from wg_blocks.llm_local import CausalLM
 from wg_core import ModelPool, World
 from wg_core.errors import AdapterError, ConfigError, MissingModelError, NodeError, NodeExecutionError
+from wg_core.levels.adapter_sets import report
 from wg_core.levels.lora_world import LoraWorld, lora_world
 from wg_core.levels.training import calling
 from wg_core.weights.lora import working_on
@@ -322,6 +323,18 @@ def test_which_adapters_work_can_be_asked_inside_a_call(base: World) -> None:
         w.store.journal_clear(w.world_id, flow.step)
         w.abandon(flow)
     assert seen == {f"base/{AT['tell']}": 0, f"base/{AT['judge']}": 0, f"noir/{AT['tell']}": 0, f"noir/{AT['judge']}": 1}
+
+
+def test_a_model_with_int8_weights_is_passed_over(folder: Path) -> None:
+    """03 L-2: seen from its config, before anything is loaded."""
+    given = config(folder)
+    given["execution"]["models"]["text"]["config"]["weights"] = "int8"
+    base = World.from_config(given, pool=ModelPool())
+    assert {line.reason for line in report(base, {}) if line.path in AT.values()} == {
+        "its weights are int8, which are neither trained nor adapted"
+    }
+    with pytest.raises(ConfigError, match="has weights of its own here"):
+        lora_world(base, "noir")
 
 
 def test_validate_and_dry_run_load_nothing(folder: Path) -> None:
