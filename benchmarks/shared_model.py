@@ -24,7 +24,8 @@ world.store = SnapshotStore(tempfile.mkdtemp())
 blocks = [b for b in world.iter_blocks() if isinstance(b, CausalLM)]
 before = me.memory_info().rss
 if sys.argv[1] == "block":
-    CausalLM(checkpoint_ref="smollm2-135m-instruct").run({"prompt": "Hi", "params": {"max_new_tokens": 8, "seed": 1}})
+    alone = CausalLM(checkpoint_ref="smollm2-135m-instruct")
+    alone.run({"prompt": "Hi", "params": {"max_new_tokens": 8, "seed": 1}})
 else:
     first = world.step(seed=1, action="a storm lands")
     world.step(first, seed=1)
