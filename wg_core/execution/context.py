@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from wg_core.errors import AbortRun, BudgetExceededError, ConfigError, RunTimeoutError
 from wg_core.execution.blobs import BlobStore, MemoryBlobs
@@ -23,8 +24,10 @@ _log = logging.getLogger("wg_core.events")
 Result = TypeVar("Result")
 
 
-@dataclass(slots=True)
-class Event:
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Event(NamedTuple):
     """Something that happened in a run, as hooks see it.
 
     `kind` is one of run_start, run_end, node_start, node_end, node_error, loop_start, loop_iteration, loop_end,
@@ -42,7 +45,7 @@ class Event:
     outputs: Mapping[str, Any] | None = None
     elapsed: float | None = None
     trace_context: Any = None
-    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    data: Mapping[str, Any] = NOTHING
 
 
 Hook = Callable[[Event], None]
@@ -109,7 +112,7 @@ class Frame:
 
     __slots__ = (
         "blobs", "captured", "deadline", "hooks", "iteration", "level", "level_id", "node_id", "node_path", "options",
-        "parent", "path", "root", "turn", "usage", "watched",
+        "parent", "path", "root", "stoppable", "turn", "usage", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -145,10 +148,10 @@ class Frame:
             self.usage = parent.usage
             self.blobs = parent.blobs
             self.deadline = parent.deadline
+        self.stoppable = self.deadline is not None or options.cancel is not None
         self.watched = bool(
             self.hooks
-            or self.deadline is not None
-            or options.cancel is not None
+            or self.stoppable
             or options.capture
             or options.strict_types
             or options.guard_nan
@@ -160,14 +163,17 @@ class Frame:
             return
         node_id = fields.pop("node_id", None)
         path = f"{self.path}/{node_id}" if node_id is not None else self.path
-        event = Event(kind, path, self.level, node_id, trace_context=self.options.trace_context, **fields)
+        self.tell(Event(kind, path, self.level, node_id, trace_context=self.options.trace_context, **fields))
+
+    def tell(self, event: Event) -> None:
+        """As `emit`, with an event that is made already."""
         for hook in self.hooks:
             try:
                 hook(event)
             except AbortRun:
                 raise
             except Exception:
-                _log.exception("hook %r failed on %s at %s; the run goes on", hook, kind, path)
+                _log.exception("hook %r failed on %s at %s; the run goes on", hook, event.kind, event.path)
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("wg_frame", default=None)
