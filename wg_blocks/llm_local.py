@@ -211,8 +211,12 @@ class CausalLM(ModuleBlock):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded with the model if need be."""
-        self.materialize()
+        """The tokenizer, loaded if need be; loads no weights."""
+        if self._tokenizer is None:
+            with self._lock:
+                if self._tokenizer is None:
+                    with self._source() as folder:
+                        self._tokenizer = load_tokenizer(folder)
         return self._tokenizer
 
     def unload(self) -> None:
@@ -249,7 +253,7 @@ class CausalLM(ModuleBlock):
         return answers_in_pieces(inputs, self.checkpoint_ref, self._complete, together=self._complete_all)
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, counted by this model's own tokenizer."""
+        """Tokens of a text, counted by this model's own tokenizer; loads no weights."""
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def estimate_tokens(self, text: str) -> tuple[int, str]:
