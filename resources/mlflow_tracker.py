@@ -93,6 +93,7 @@ class MlflowTracker(dg.ConfigurableResource):
         """The client of the tracking store, made at its first use."""
         if self._client is None:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
             os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")  # else each flush waits a second
             import mlflow
             from mlflow import MlflowClient

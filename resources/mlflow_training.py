@@ -10,9 +10,9 @@ from wg_core.state.files import write_file
 
 RUN_FILE = "mlflow_run.json"
 CHAMPION = "champion"
-"""The alias of the last version that passed its evaluation; `latest` is MLflow's own."""
+"""The alias of the version that the LoRA world's file uses; `latest` is MLflow's own."""
 
-METRICS = ("loss", "lr", "tokens_per_s", "held_out_loss", "grad_norm")
+METRICS = {"train_step": ("loss", "lr", "tokens_per_s", "grad_norm"), "train_eval": ("held_out_loss",)}
 
 
 class MlflowTraining:
@@ -50,33 +50,55 @@ class MlflowTraining:
             else:
                 client.update_run(run_id, status="RUNNING")
             own = {"wg/kind": "training", "wg/world": self.world_id, "wg/lora": self.lora_id}
-            for name, value in {**own, **tags}.items():
-                client.set_tag(run_id, name, value)
             self.tracking = {"run_id": run_id, "experiment_id": experiment, "url": self.tracker.url(experiment, run_id)}
+            self.tag({**own, **tags})
             self._watch_system(run_id)
         self._note(failed)
         return self.tracking or failed
 
     def __call__(self, event: Any) -> None:
         """Keep the numbers of an event of the training, at its step."""
-        if self.run_id and str(event.kind).startswith("train_"):
-            numbers = {name: event.data[name] for name in METRICS if event.data.get(name) is not None}
-            self.metrics(numbers, int(event.data.get("step") or 0))
+        names = METRICS.get(event.kind)
+        if self.run_id and names:
+            numbers = {name: event.data[name] for name in names if event.data.get(name) is not None}
+            self.metrics(numbers, int(event.data["step"]))
 
     def metrics(self, numbers: Mapping[str, float], step: int) -> None:
         """Keep numbers of one step."""
         self._record(lambda client: client.log_batch(self.run_id, metrics=_as_metrics(numbers, step)))
 
+    def rejoin(self) -> bool:
+        """Take up the run that `folder` names, without opening it again; whether there is one."""
+        if not self.tracker.enabled:
+            return False
+        with self.tracker.guard() as failed:
+            experiment = self.tracker.experiment(self.world_id)
+            run_id = self._known(experiment)
+            if run_id is not None:
+                url = self.tracker.url(experiment, run_id)
+                self.tracking = {"run_id": run_id, "experiment_id": experiment, "url": url}
+        self._note(failed)
+        return bool(self.tracking)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+
+        def work(client: Any) -> None:
+            for name, value in tags.items():
+                client.set_tag(self.run_id, name, value)
+
+        self._record(work)
+
+    def file(self, file: Path, name: str) -> None:
+        """Keep a file in the artifact folder `name`."""
+        self._record(lambda client: client.log_artifact(self.run_id, str(file), name))
+
     def text(self, text: str, name: str) -> None:
         """Keep a text as the artifact `name`."""
         self._record(lambda client: client.log_text(self.run_id, text, name))
 
-    def files(self, folder: Path, name: str) -> None:
-        """Keep the files of a folder as the artifact folder `name`."""
-        self._record(lambda client: client.log_artifacts(self.run_id, str(folder), name))
-
-    def register(self, adapter: Path, *, passed: bool, tags: Mapping[str, str]) -> dict[str, str]:
-        """Keep the adapter (PEFT layout) and make a version of it; one that `passed` becomes the champion.
+    def register(self, adapter: Path, *, tags: Mapping[str, str]) -> dict[str, str]:
+        """Keep the adapter (PEFT layout) and make a version of it.
 
         Gives `{model, version}`, or nothing where it was not recorded. No flavour is written: what loads it is PEFT.
         """
@@ -88,13 +110,19 @@ class MlflowTraining:
             _ensure_model(client, self.lora_id, self.world_id)
             source = f"{client.get_run(self.run_id).info.artifact_uri}/adapter"
             version = client.create_model_version(self.lora_id, source, run_id=self.run_id, tags=dict(tags)).version
-            if passed:
-                client.set_registered_model_alias(self.lora_id, CHAMPION, version)
             client.set_tag(self.run_id, "wg/model_version", str(version))
             made.update(model=self.lora_id, version=str(version))
 
         self._record(work)
         return made
+
+    def crown(self, made: Mapping[str, str]) -> None:
+        """Make a version that `register` gave the champion."""
+        if not (made and self.tracker.enabled):
+            return
+        with self.tracker.guard() as failed:
+            self.tracker.client().set_registered_model_alias(made["model"], CHAMPION, made["version"])
+        self._note(failed)
 
     def finish(self, status: str, tags: Mapping[str, str] | None = None) -> str:
         """Close the run as FINISHED, FAILED or KILLED; gives the first error, or an empty text."""
@@ -104,12 +132,8 @@ class MlflowTraining:
             self._monitor = None
             self._note(failed)
 
-        def work(client: Any) -> None:
-            for name, value in (tags or {}).items():
-                client.set_tag(self.run_id, name, value)
-            client.set_terminated(self.run_id, status=status)
-
-        self._record(work)
+        self.tag(tags or {})
+        self._record(lambda client: client.set_terminated(self.run_id, status=status))
         return self.error
 
     def _record(self, work: Any) -> None:

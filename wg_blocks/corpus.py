@@ -15,7 +15,7 @@ from wg_blocks.examples import Row
 from wg_core.errors import ConfigError, MissingExtraError
 
 WORDS = 70
-"""Words of a passage, about."""
+"""Words of a passage, about; it ends with a paragraph where that makes it at least two thirds of this."""
 
 SECTION = 5
 """Passages of a section."""
@@ -80,7 +80,7 @@ def passages(text: str) -> Iterator[str]:
             if words:
                 piece.append(sentence)
                 size += words
-        if size >= WORDS:
+        if size * 3 >= WORDS * 2:
             yield " ".join(piece)
             piece, size = [], 0
     if size * 3 >= WORDS:

@@ -44,22 +44,21 @@ def checks(examples: Examples) -> list[Check]:
     return [*found, *(Check(name, "the table's form", failures) for name, failures in sorted(by_column.items()))]
 
 
-def must_pass(examples: Examples, *, least: int = 1, more: str = "") -> list[Check]:
-    """The checks of a table that may train: at least `least` rows to train on, and one held out.
-
-    Raises: ConfigError with how many rows there are (and `more`, the way to more), or with the rows that are wrong.
-    """
+def must_suffice(examples: Examples, least: int, more: str = "") -> None:
+    """Raises: ConfigError for fewer than `least` rows to train on or none held out, with `more`, the way to more."""
     counts = {name: len(examples.split(name)) for name in SPLITS}
     if counts[TRAIN] < least or not counts[HELD_OUT]:
         raise ConfigError(
             f"too few examples: {counts[TRAIN]} to train on and {counts[HELD_OUT]} held out, but at least {least} and 1 "
             f"are needed{'; ' + more if more else ''}"
         )
-    found = checks(examples)
+
+
+def must_pass(found: Sequence[Check]) -> None:
+    """Raises: ConfigError where a check failed, with the rows that are wrong."""
     wrong = [check for check in found if not check.passed]
     if wrong:
         raise ConfigError("these examples cannot train a model:\n" + "\n".join(map(in_words, wrong)))
-    return found
 
 
 def in_words(check: Check, most: int = 5) -> str:

@@ -1,6 +1,5 @@
 """From world files to Dagster's definitions."""
 
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -8,13 +7,14 @@ from pathlib import Path
 
 import dagster as dg
 
-from resources.mlflow_tracker import MlflowTracker
 from resources.values import JsonValues
 from resources.worlds import WorldPool
 from wg_core.state.home import home
 from wg_defs.checks import chain_check
 from wg_defs.jobs import add_steps_job, evolve_job
 from wg_defs.step import step_assets
+from wg_defs.train import tracker_of
+from wg_defs.training import train_job, training_assets
 from wg_defs.worlds import BROKEN, BrokenFile, read_worlds
 
 
@@ -27,6 +27,7 @@ def build(
     """
     # The version of an output has been in beta for years; one warning for each op would fill the log of every run.
     warnings.filterwarnings("ignore", message=".*`data_version`", category=dg.BetaWarning)
+    warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)  # inside Pipes
     worlds, broken = read_worlds(folders)
     root = (root or home()).absolute()
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = _broken_assets(broken)
@@ -37,18 +38,18 @@ def build(
         assets.append(steps)
         checks.append(chain_check(file))
         jobs += [evolve_job(file, steps), add_steps_job(file)]
+        if not file.on_base:
+            training = training_assets(file, root)
+            assets += training
+            jobs.append(train_job(file, training))
     return dg.Definitions(
         assets=assets,
         asset_checks=checks,
         jobs=jobs,
         resources={
             "worlds": WorldPool(),
-            "tracker": MlflowTracker(
-                tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow/mlflow.db",
-                artifacts=str(root / "mlflow" / "artifacts"),
-                ui_url=os.environ.get("WG_MLFLOW_UI", ""),
-                enabled=os.environ.get("WG_MLFLOW") != "off" if mlflow is None else mlflow,
-            ),
+            "tracker": tracker_of(root, mlflow),
+            "pipes": dg.PipesSubprocessClient(),
             "io_manager": JsonValues(root=str(root / "values")),
         },
         executor=dg.in_process_executor,

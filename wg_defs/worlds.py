@@ -32,6 +32,7 @@ class WorldFile:
     description: str
     roles: tuple[str, ...]
     code_version: str
+    on_base: bool = False  # whether it is a LoRA world, which stands on another
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def read_world(path: Path) -> WorldFile | None:
         description=str(content.get("description") or "") if isinstance(content, Mapping) else "",
         roles=tuple(map(str, cycle)) if isinstance(cycle, list) else ROLES,
         code_version=hashlib.sha256(text.encode()).hexdigest()[:16],
+        on_base=base is not None,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from wg_blocks.corpus import MOST_PAGES, from_text, from_wiki, pages, passages, plain_text
 from wg_blocks.examples import HELD_OUT, TRAIN, Examples, from_history, make, near_equal
-from wg_blocks.examples_check import checks, must_pass
+from wg_blocks.examples_check import checks, must_pass, must_suffice
 from wg_core import World
 from wg_core.errors import ConfigError
 from wg_core.state.store import SnapshotStore
@@ -86,13 +86,13 @@ BROKEN = {
 def test_each_check_names_its_row(name: str) -> None:
     """03 L-5: types, ranges, no empty text, one script; the error names the row."""
     made = table()
-    assert all(check.passed for check in checks(made)) and len(must_pass(made, least=8)) == 11
+    assert all(check.passed for check in checks(made)) and len(checks(made)) == 11
     rows = [dict(row) for row in made.rows]
     rows[4].update(BROKEN[name])
     failed = {check.name: check for check in checks(Examples(rows)) if not check.passed}
     assert [f["row"] for f in failed[name].failures] == [4]
     with pytest.raises(ConfigError, match=rf"(?s)cannot train a model.*{name} \(.*row 4 \(step "):
-        must_pass(Examples(rows))
+        must_pass(checks(Examples(rows)))
 
 
 def test_leakage_and_repeats_are_found() -> None:
@@ -115,9 +115,9 @@ def test_too_few_examples_say_how_many_and_how_to_get_more() -> None:
     with pytest.raises(
         ConfigError, match=r"too few examples: 8 to train on and 2 held out, but at least 20 .*; wg run tide"
     ):
-        must_pass(table(), least=20, more="wg run tide --steps 10")
+        must_suffice(table(), 20, "wg run tide --steps 10")
     with pytest.raises(ConfigError, match="too few examples: 0 to train on and 0 held out"):
-        must_pass(Examples([]))
+        must_suffice(Examples([]), 1)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def test_too_few_examples_say_how_many_and_how_to_get_more() -> None:
 
 def test_a_text_becomes_passages_without_overlap(tmp_path: Path) -> None:
     """03 L-5: every sentence is in one passage, and a section is the unit of the split."""
-    sentences = [f"On day {n} the ferry boy counted {n} gulls on the long black pier before noon." for n in range(196)]
-    paragraphs = [" ".join(sentences[i : i + 7]) for i in range(0, 196, 7)]
+    sentences = [f"On day {n} the ferry boy counted {n} gulls on the long black pier before noon." for n in range(195)]
+    paragraphs = [" ".join(sentences[i : i + 5]) for i in range(0, 195, 5)]
     file = tmp_path / "chronicle.txt"
     file.write_text("# A remark that is no part of it\n\n" + "\n\n".join(paragraphs), encoding="utf-8")
     rows = list(from_text(file, world_id="tide", path=PATH))
@@ -138,7 +138,7 @@ def test_a_text_becomes_passages_without_overlap(tmp_path: Path) -> None:
         others = [a for step, texts in answers.items() if step != row["step"] for a in texts]
         assert not any(text in asked for text in others) and row["answer"] not in asked
     assert sum(row["messages"][0]["content"].startswith("So far") for row in rows) == len(rows) - len(answers)
-    must_pass(make(rows))
+    must_pass(checks(make(rows)))
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="no UTF-8 at byte 0"):
         list(from_text(file, world_id="tide", path=PATH))

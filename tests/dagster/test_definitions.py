@@ -68,14 +68,26 @@ def test_end_worlds_and_other_kinds_are_not_run(tmp_path: Path) -> None:
 
 
 def test_assets_of_a_world(project: Project) -> None:
-    specs = {s.key.path[-1]: s for s in project.definitions().resolve_all_asset_specs()}
-    names = [*ROLES, "snapshot"]
-    assert set(specs) == set(names)
-    for role, before in zip(names[1:], names[:-1], strict=True):
-        assert [d.asset_key.path for d in specs[role].deps] == [["tide", before]]
-    for spec in specs.values():
+    """05 mapping: the stages and the snapshot of a step, and the chain of training, which is of no step."""
+    specs = {"/".join(s.key.path[1:]): s for s in project.definitions().resolve_all_asset_specs()}
+    steps, training = [*ROLES, "snapshot"], ["training_examples", "lora/adapter", "lora/evaluation", "lora/world"]
+    assert set(specs) == {*steps, *training}
+    for names in (steps, training):
+        for name, before in zip(names[1:], names[:-1], strict=True):
+            assert [d.asset_key.path for d in specs[name].deps] == [["tide", *before.split("/")]]
+    for name, spec in specs.items():
         assert spec.group_name == "tide" and spec.code_version
-        assert isinstance(spec.partitions_def, dg.DynamicPartitionsDefinition)
+        assert isinstance(spec.partitions_def, dg.DynamicPartitionsDefinition) == (name in steps)
+
+
+def test_a_lora_world_has_steps_and_no_training(project: Project) -> None:
+    """03 L-2: the file of a LoRA world is a world on the page like any other; what it learned is trained on its base."""
+    base = {"world": {"ref": "tide.yaml"}}
+    config = {"kind": "world", "schema_version": "1.0", "world_id": "calm", "title": "Calm"}
+    config["execution"] = {"base": base, "adapters": {"sets": {"default": {"rank": 4}}}}
+    write_world(project.worlds, config)
+    of_lora = [s.key.path for s in project.definitions().resolve_all_asset_specs() if s.key.path[0] == "calm"]
+    assert sorted(path[1] for path in of_lora) == sorted([*ROLES, "snapshot"])
 
 
 def test_the_code_version_follows_the_execution(project: Project) -> None:

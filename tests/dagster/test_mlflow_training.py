@@ -58,8 +58,10 @@ def test_an_adapter_becomes_a_version_and_the_champion(tracker: MlflowTracker, t
     (adapter / "text" / "adapter_config.json").write_text("{}")
     training = MlflowTraining(tracker, "tide", "isle_lora", tmp_path)
     training.start({}, {})
-    assert training.register(adapter, passed=True, tags={"base": "abc"}) == {"model": "isle_lora", "version": "1"}
-    assert training.register(adapter, passed=False, tags={}) == {"model": "isle_lora", "version": "2"}
+    first = training.register(adapter, tags={"base": "abc"})
+    assert first == {"model": "isle_lora", "version": "1"}
+    assert training.register(adapter, tags={}) == {"model": "isle_lora", "version": "2"}
+    training.crown(first)
     training.finish("FINISHED")
     assert training.error == ""
     client = tracker.client()
@@ -81,7 +83,7 @@ def test_a_tracker_that_fails_stops_no_training(tmp_path: Path) -> None:
     assert "error" in training.start({"lr": 1}, {})
     training(event("train_step", step=1, loss=1.0))
     training.text("a", "b.md")
-    assert training.register(tmp_path, passed=True, tags={}) == {} and training.run_id == ""
+    assert training.register(tmp_path, tags={}) == {} and training.run_id == ""
     assert training.finish("FINISHED") == training.error != ""
     off = MlflowTraining(MlflowTracker(tracking_uri="", artifacts="", enabled=False), "tide", "tide_lora", tmp_path)
     assert off.start({}, {}) == {} and off.finish("FINISHED") == ""
