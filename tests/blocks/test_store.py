@@ -185,7 +185,7 @@ def test_missing_catalogue_models_name_the_command(store: ModelStore) -> None:
             store.path(name)
     rows = {row["name"]: row for row in store.list()}
     assert not any(row["installed"] for row in rows.values())
-    assert [n for n, row in rows.items() if row["default"]] == ["smollm2-135m-instruct", "terrain-consistency"]
+    assert [n for n, row in rows.items() if row["default"]] == ["smollm2-135m-instruct", "terrain-consistency", "minilm-l6-v2"]
 
 
 def test_catalogue_entries_are_whole() -> None:
