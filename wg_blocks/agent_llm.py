@@ -73,8 +73,9 @@ class LLMAgent(Agent):
         if calling not in ("schema", "native"):
             raise ConfigError(f"agent/llm: calling is 'schema' or 'native', not {calling!r}")
         limits = {"history": history, "history_chars": history_chars, "result_chars": result_chars, "answer_chars": answer_chars}
-        for name, value in {**limits, "max_calls": max_calls, "max_tokens": max_tokens}.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        counts: dict[str, Any] = {**limits, "max_calls": max_calls, "max_tokens": 1 if max_tokens is None else max_tokens}
+        for name, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"agent/llm: {name} is a whole number >= 1, not {value!r}")
         if isinstance(min_calls, bool) or not isinstance(min_calls, int) or not 0 <= min_calls <= max_calls:
             raise ConfigError(f"agent/llm: min_calls is a whole number from 0 to max_calls ({max_calls}), not {min_calls!r}")

@@ -207,6 +207,27 @@ def test_arguments_of_a_block_are_checked_by_name(registry: BlockRegistry) -> No
         registry.build({"block_type": "test/returns"})
 
 
+@pytest.mark.parametrize("size", [None, "x", [1]])
+def test_what_a_block_makes_of_a_wrong_type_is_a_named_error(size: Any) -> None:
+    """01 F-15: a constructor that does not look at its arguments still fails as a ConfigError, with the cause kept."""
+
+    class Grown(Block):
+        ports = (Port("y", "out"),)
+
+        def __init__(self, *, size: int) -> None:
+            super().__init__()
+            self.grown = abs(size)
+
+        def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            return {"y": self.grown}
+
+    registry = BlockRegistry()
+    registry.register("test/grown", Grown)
+    with pytest.raises(ConfigError, match=r"block 'test/grown': its config was refused \(TypeError: ") as caught:
+        registry.build({"block_type": "test/grown", "config": {"size": size}})
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
 def test_a_config_model_names_the_field() -> None:
     """01 F-15: pydantic, extras forbidden; build errors report the field path."""
 

@@ -156,6 +156,7 @@ def test_dry_run_touches_nothing(tmp_path: Path) -> None:
             r"tidewater.yaml:\d+: execution.cycel: unknown key 'cycel'; did you mean 'cycle'",
         ),
         ("block_type: llm/hf", "block_type: llm/gf", r"block type 'llm/gf' is not registered; did you mean 'llm/hf'"),
+        ("kind: world", "kind: {a: world}", r"tidewater.yaml:\d+: kind: unknown kind"),
         ("world_id: tidewater", "world_id: tide water", r"tidewater.yaml:\d+: world_id"),
         ("graphs/author.yaml", "graphs/autor.yaml", r"tidewater.yaml:\d+: .*there is no file 'graphs/autor.yaml'"),
         ("graphs/author.yaml", "../../etc/passwd", r"leaves the folder"),

@@ -80,11 +80,11 @@ def kind_of_document(document: Document) -> str:
     if not isinstance(data, dict):
         raise document.error((), "this is not a mapping with a 'kind'")
     kind = cast("dict[str, Any]", data).get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise document.error(
             ("kind",) if kind is not None else (), f"unknown kind {kind!r}; {did_you_mean(str(kind), KINDS)}"
         )
-    return str(kind)
+    return kind
 
 
 def checked_entry(document: Document, kind: str) -> Any:

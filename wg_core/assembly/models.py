@@ -299,11 +299,19 @@ class PipelineNodeEntry(Placed):
         return self
 
 
+class ConditionEntry(Strict):
+    """What a stage asks of the state beyond its contract: blocks or fields of them that are filled, or empty."""
+
+    filled: list[str] = []
+    empty: list[str] = []
+
+
 class StageEntry(Placed):
     """A stage: pipelines under a contract over state, or an endpoint where they run.
 
     `inputs` maps a pipeline input to `world`, `action`, `schema` or a block (`descriptions`, `descriptions.items`);
-    `outputs` maps a block (or a field of it) to a pipeline output. Give one `graph`, or `nodes` with `edges`.
+    `outputs` maps a block (or a field of it) to a pipeline output. Give one `graph`, or `nodes` with `edges`. With
+    `execution_condition` the stage runs less often than its reads and writes say, never more often.
     """
 
     kind: Literal["stage"] = "stage"
@@ -316,6 +324,7 @@ class StageEntry(Placed):
     writes: list[str] | None = None
     inputs: dict[PortKey, str] = {}
     outputs: dict[str, PortKey] = {}
+    execution_condition: ConditionEntry | None = None
     graph: GraphEntry | None = None
     nodes: list[PipelineNodeEntry] | None = None
     edges: list[EdgeEntry] = []

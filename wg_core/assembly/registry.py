@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import ValidationError as PydanticError
 
-from wg_core.errors import ConfigError, DuplicateBlockTypeError, UnknownBlockTypeError, did_you_mean
+from wg_core.errors import ConfigError, DuplicateBlockTypeError, UnknownBlockTypeError, WGError, did_you_mean
 from wg_core.execution.block import Block
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class BlockRegistry:
 
         A config with `checkpoint_ref` or `model_id` comes from `pool`, if one is given.
 
-        Raises: ConfigError, UnknownBlockTypeError, and what the factory raises for bad arguments.
+        Raises: ConfigError, also for arguments of the wrong type or value, UnknownBlockTypeError.
         """
         block_type, block_id, inner = canonical(config)
         if pool is not None:
@@ -175,7 +175,13 @@ class BlockRegistry:
                 problems = "; ".join(f"config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
                 raise ConfigError(f"block {block_type!r}: {problems}") from None
 
-        block = _call(factory, block_type, block_id, arguments, SubBuilder(self, pool))
+        try:
+            block = _call(factory, block_type, block_id, arguments, SubBuilder(self, pool))
+        except WGError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+            raise ConfigError(f"block {block_type!r}: its config was refused ({said}); check types and values") from error
         block.block_type = block_type
         block.backend = backend
         block.placement = {k: config[k] for k in ("backend", "reuse") if k in config}

@@ -16,7 +16,7 @@ from wg_core.execution.drive import Session
 from wg_core.execution.executable_graph import Spec
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.remote import Remote, remote_child
-from wg_core.levels.stage import Stage, StageResult, usage_since, why_not
+from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, usage_since
 from wg_core.state.state import State
 
 
@@ -31,8 +31,9 @@ class RemoteStage(Stage):
         role: str | None = None,
         reads: Sequence[str | int] | None = None,
         writes: Sequence[str | int] | None = None,
+        execution_condition: Condition | None = None,
     ) -> None:
-        super().__init__(id, role=role, reads=reads, writes=writes)
+        super().__init__(id, role=role, reads=reads, writes=writes, execution_condition=execution_condition)
         self.remote = remote
         remote.hooks = self.hooks
 
@@ -49,7 +50,7 @@ class RemoteStage(Stage):
 
         Raises: RemoteError, OutputContractError.
         """
-        reason = why_not(state, self.reads, self.writes)
+        reason = self.why_not(state)
         if reason:
             return StageResult(state, False, reason)
         offered = {"state": state.to_json(), "world": world, "action": action, "schema": schema}
@@ -135,7 +136,9 @@ class RemoteStage(Stage):
         id = entry.id or entry.role or "stage"
         remote = remote_child(id, entry, build)
         try:
-            made = cls(id, remote, role=entry.role, reads=entry.reads, writes=entry.writes)
+            made = cls(
+                id, remote, role=entry.role, reads=entry.reads, writes=entry.writes, execution_condition=condition_of(entry)
+            )
         except ConfigError as error:
             raise build.error(error) from error
         keys = [{e.key for e in getattr(contract_of(remote), side)} for side in ("inputs", "outputs")]

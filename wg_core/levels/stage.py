@@ -44,10 +44,14 @@ class StageResult:
     captured: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def why_not(state: State, reads: Sequence[str], writes: Sequence[str]) -> str:
+Condition = Mapping[str, Sequence[str]]
+
+
+def why_not(state: State, reads: Sequence[str], writes: Sequence[str], condition: Condition | None = None) -> str:
     """Why a stage with this contract does not run on `state`; empty where it runs.
 
-    A stage runs when all it reads is filled and nothing it writes is.
+    A stage runs when all it reads is filled and nothing it writes is; a condition asks for more. Raises: ConfigError
+    for a condition on an unknown field.
     """
     filled = state.filled_names()
     for block in reads:
@@ -56,7 +60,26 @@ def why_not(state: State, reads: Sequence[str], writes: Sequence[str]) -> str:
     for block in writes:
         if block in filled:
             return f"block {BLOCKS.index(block) + 1} ({block}) is already filled"
+    for wanted, paths in (condition or {}).items():
+        for path in paths:
+            holds = path in filled if path in BLOCKS else state.read(path) not in (None, "", [], {})
+            if holds != (wanted == "filled"):
+                return f"execution_condition: {path} is {'filled' if holds else 'empty'}"
     return ""
+
+
+def _checked(id: str, condition: Condition | None) -> dict[str, list[str]]:
+    """The parts of a condition that say something. Raises: ConfigError."""
+    for wanted, paths in (condition or {}).items():
+        if wanted not in ("filled", "empty"):
+            known = did_you_mean(wanted, ("filled", "empty"))
+            raise ConfigError(f"stage {id!r}: execution_condition has no part {wanted!r}; {known}")
+        for path in paths:
+            try:
+                block_name(path.partition(".")[0])
+            except ConfigError as error:
+                raise ConfigError(f"stage {id!r}: execution_condition.{wanted}: {error}") from error
+    return {wanted: list(paths) for wanted, paths in (condition or {}).items() if paths}
 
 
 class Stage(Nested[Pipeline | Remote]):
@@ -64,7 +87,8 @@ class Stage(Nested[Pipeline | Remote]):
 
     `inputs` maps a pipeline input to `world`, `action`, `schema` (the JSON schema of what is to be written) or a
     block or field of it (`descriptions.items`); `outputs` maps a block or field to a pipeline output. What is not
-    mapped is matched by equal names.
+    mapped is matched by equal names. `execution_condition` (`{filled: [paths], empty: [paths]}`) asks more of the state
+    before the stage runs than that what it reads is filled and what it writes is not.
     """
 
     level = kind = "stage"
@@ -78,6 +102,7 @@ class Stage(Nested[Pipeline | Remote]):
         writes: Sequence[str | int] | None = None,
         inputs: Mapping[str, str] | None = None,
         outputs: Mapping[str, str] | None = None,
+        execution_condition: Condition | None = None,
     ) -> None:
         super().__init__(id)
         self.role = role or id
@@ -86,8 +111,13 @@ class Stage(Nested[Pipeline | Remote]):
         self.writes = tuple(block_name(b) for b in writes) if writes is not None else default_writes
         if not self.writes:
             raise ConfigError(f"stage {id!r} of role {self.role!r} writes nothing; name its blocks with writes=[...]")
+        self.execution_condition = _checked(id, execution_condition)
         self._given_inputs = dict(inputs or {})
         self._given_outputs = dict(outputs or {})
+
+    def why_not(self, state: State) -> str:
+        """Why the stage does not run on `state`; empty where it runs."""
+        return why_not(state, self.reads, self.writes, self.execution_condition)
 
     def add_pipeline(self, pipeline: Pipeline | Graph | Remote, node_id: str | None = None, **more: Any) -> str:
         """Add a pipeline (or a graph, as a pipeline of one), or the proxy of a remote one; the id defaults to its own."""
@@ -159,7 +189,7 @@ class Stage(Nested[Pipeline | Remote]):
 
         `world` is a read-only view of the content. Raises: OutputContractError if a declared block stays empty.
         """
-        reason = why_not(state, self.reads, self.writes)
+        reason = self.why_not(state)
         if reason:
             return StageResult(state, False, reason)
         inputs = self._given(state, {"world": world, "action": action, "schema": schema})
@@ -196,7 +226,7 @@ class Stage(Nested[Pipeline | Remote]):
     ) -> tuple[Session, AbstractContextManager[Any], RunOptions]:
         """The pipelines' session between the two mappings; pieces of a stream are keyed by pipeline output."""
         state, sources = _state_of(inputs)
-        ready = not why_not(state, self.reads, self.writes)
+        ready = not self.why_not(state)
         session, modes, chosen = super()._opened(self._given(state, sources) if ready else {}, options)
 
         def whole() -> Session:
@@ -256,7 +286,7 @@ class Stage(Nested[Pipeline | Remote]):
         try:
             stage = cls(
                 entry.id or entry.role or "stage", role=entry.role, reads=entry.reads, writes=entry.writes,
-                inputs=entry.inputs, outputs=entry.outputs,
+                inputs=entry.inputs, outputs=entry.outputs, execution_condition=condition_of(entry),
             )  # fmt: skip
         except ConfigError as error:
             raise build.error(error) from error
@@ -282,6 +312,7 @@ class Stage(Nested[Pipeline | Remote]):
             "writes": list(self.writes) if contract is None or contract[1] != self.writes else None,
             "inputs": self._given_inputs,
             "outputs": self._given_outputs,
+            "execution_condition": self.execution_condition,
         }
         return {k: v for k, v in parts.items() if v}
 
@@ -312,6 +343,11 @@ class Stage(Nested[Pipeline | Remote]):
             level.exposures(d, explicit=True) for level in (cast("Nested[Any]", self), pipeline) for d in ("in", "out")
         )
         return inner.child if plain and node_id == graph_id == inner.child.id == pipeline.id else None
+
+
+def condition_of(entry: StageEntry) -> Condition | None:
+    """The condition that a file gives a stage."""
+    return entry.execution_condition.model_dump() if entry.execution_condition is not None else None
 
 
 def _state_of(inputs: Mapping[Any, Any] | None) -> tuple[State, dict[str, Any]]:

@@ -515,8 +515,9 @@ class World(Trained, Written):
         if flow.state and self._next.get(UPDATE) == role and role != UPDATE:
             flow = flow.model_copy(update={"state": {}})
         all_hooks = (*self.hooks, *hooks)
-        started = time.perf_counter()
-        _tell(all_hooks, Event("stage_start", f"{self.world_id}/{role}", "world", role, data={"step": flow.step}))
+        started, before = time.perf_counter(), {"state": flow.state}
+        begun = Event("stage_start", f"{self.world_id}/{role}", "world", role, inputs=before, data={"step": flow.step})
+        _tell(all_hooks, begun)
         key = self._journal_key(role, flow)
         known = self.store.journal_get(self.world_id, key)
         if known is not None:
@@ -531,7 +532,11 @@ class World(Trained, Written):
                 self.store.journal_put(self.world_id, key, {"flow": changed, "record": record.model_dump(mode="json")})
         data = {"step": flow.step, "resumed": known is not None, **after.stages[-1].model_dump(mode="json")}
         elapsed = time.perf_counter() - started
-        _tell(all_hooks, Event("stage_end", f"{self.world_id}/{role}", "world", role, elapsed=elapsed, data=data))
+        done = Event(
+            "stage_end", f"{self.world_id}/{role}", "world", role, inputs=before, outputs={"state": after.state},
+            elapsed=elapsed, data=data,
+        )  # fmt: skip
+        _tell(all_hooks, done)
         return after
 
     def commit(self, flow: Flow, *, hooks: Sequence[Hook] = (), run: Mapping[str, Any] | None = None) -> Snapshot:
@@ -641,7 +646,10 @@ class World(Trained, Written):
         return {role: stage.dry_run() for role, stage in self.stages.items()}
 
     def due(self, state: State | None = None) -> dict[str, bool]:
-        """Which stages will run in the next step, by their contracts: on the carried state, or a given one."""
+        """Which stages will run in the next step, by their contracts: on the carried state, or a given one.
+
+        Of conditions on fields it sees the blocks only.
+        """
         head = self.store.head(self.world_id) if state is None else None
         given = state if state is not None else self._state(head.carried if head is not None else {})
         filled, runs = set(given.filled_names()), dict[str, bool]()
@@ -650,7 +658,9 @@ class World(Trained, Written):
                 filled = set[str]()
             stage = self.stages.get(name)
             reads, writes = (stage.reads, stage.writes) if stage is not None else (BLOCKS, ())
-            runs[name] = filled >= set(reads) and not filled & set(writes)
+            more = stage.execution_condition if stage is not None else {}
+            needed = {*reads, *(path.partition(".")[0] for path in more.get("filled", ()))}
+            runs[name] = filled >= needed and not filled & {*writes, *more.get("empty", ())}
             filled |= set(writes) if runs[name] else set()
         return runs
 

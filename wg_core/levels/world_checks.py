@@ -10,6 +10,7 @@ from wg_core.assembly.models import UPDATE
 from wg_core.errors import ConfigError
 from wg_core.execution.validate import Issue, Severity
 from wg_core.levels.stage import CONTRACTS
+from wg_core.state.state import State
 
 if TYPE_CHECKING:
     from wg_core.levels.world import World
@@ -48,6 +49,8 @@ def world_issues(world: World, deep: bool, for_training: bool = False) -> Iterat
         try:
             stage.input_mapping()
             stage.output_mapping()
+            for path in (p for paths in stage.execution_condition.values() for p in paths):
+                State.check_path(path, schema=world.state_schema)
         except ConfigError as error:
             yield issue("MAPPING", str(error), "", name)
         for found in stage.validate(strict=False, deep=deep, for_training=for_training).issues:
