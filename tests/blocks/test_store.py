@@ -241,7 +241,8 @@ def test_the_progress_bar_takes_every_phase(store: ModelStore, capsys: pytest.Ca
 @pytest.mark.slow
 def test_the_shipped_models_are_fetched_converted_and_whole(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "models")
-    model, terrain = store.pull_default()
+    model, terrain, *_ = store.pull_default()
+    assert not [p for p in store.root.rglob("*") if p.is_dir() and p.name != ".work" and not any(p.iterdir())]
     assert terrain.name.endswith(".onnx") and (terrain.parent / "licences" / "LICENSE").is_file()
     assert {"config.json", "model.safetensors", "tokenizer.json", "licences"} <= {p.name for p in model.iterdir()}
     config = json.loads((model / "config.json").read_text())

@@ -235,9 +235,8 @@ class ModelStore:
         if entry.get("convert") == "gguf":
             script = str(resources.files("wg_blocks.store").joinpath("convert.py"))
             command = [sys.executable, script, str(weight.absolute()), str(out.absolute())]
-            notes = run_tool(command, out, "convert", file_name, None, progress)
+            notes = run_tool(command, out.parent, "convert", file_name, None, progress)  # its own files stay out of `out`
             record["conversion"] = json.loads(notes.splitlines()[-1])
-            (out / "tool.log").unlink()
         elif not entry.get("also"):
             record["entry"] = file_name
         return record
