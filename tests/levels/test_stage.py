@@ -72,6 +72,17 @@ def test_two_pipelines_that_fill_one_block_are_told_apart_by_name() -> None:
         stage.output_mapping()
 
 
+def test_the_mapping_follows_a_change_of_the_stage() -> None:
+    """03 W-5: it is found once for many steps, and again after a pipeline was added."""
+    stage = deciding()
+    assert stage.step(State()).ran and stage.step(State()).ran
+    graph = Graph("g")
+    graph.add_node(Decide(), "say")
+    stage.add_pipeline(graph, "two")
+    with pytest.raises(ConfigError, match="no pipeline output has this name"):
+        stage.step(State())
+
+
 def test_pipelines_form_no_cycle() -> None:
     """03 W-9: a stage is a DAG, and what leads nowhere is told."""
     stage = deciding()

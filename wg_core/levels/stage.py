@@ -112,6 +112,7 @@ class Stage(Nested[Pipeline | Remote]):
         if not self.writes:
             raise ConfigError(f"stage {id!r} of role {self.role!r} writes nothing; name its blocks with writes=[...]")
         self.execution_condition = _checked(id, execution_condition)
+        self._mapped: tuple[Any, dict[str, str], dict[str, str]] | None = None
         self._given_inputs = dict(inputs or {})
         self._given_outputs = dict(outputs or {})
 
@@ -174,6 +175,13 @@ class Stage(Nested[Pipeline | Remote]):
                 mapping[block] = block
         return mapping
 
+    def _mappings(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Both mappings, found once until something below changes."""
+        stamp = self.stamp()
+        if self._mapped is None or self._mapped[0] != stamp:
+            self._mapped = (stamp, self.input_mapping(), self.output_mapping())
+        return self._mapped[1], self._mapped[2]
+
     # ---- running -----------------------------------------------------------------------------------------------------
 
     def step(
@@ -204,7 +212,7 @@ class Stage(Nested[Pipeline | Remote]):
     def _given(self, state: State, sources: Mapping[str, Any]) -> dict[str, Any]:
         """What the pipelines are given."""
         inputs: dict[str, Any] = {}
-        for key, source in self.input_mapping().items():
+        for key, source in self._mappings()[0].items():
             value = sources.get(source) if source in SOURCES else state.read(source)
             if value is not None:
                 inputs[key] = value
@@ -238,7 +246,7 @@ class Stage(Nested[Pipeline | Remote]):
 
     def _collect(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         blocks: dict[str, Any] = {}
-        for target, key in self.output_mapping().items():
+        for target, key in self._mappings()[1].items():
             block, _, path = target.partition(".")
             if key not in outputs:
                 continue
