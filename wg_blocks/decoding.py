@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from wg_blocks.prompt import Settings, sentences_end, whole_sentences
 from wg_core.errors import OutputContractError
 from wg_core.execution.context import FRAME, check_stop
+from wg_core.weights.lora import per_row
 
 PENALTY_WINDOW = 256
 EMIT_EVERY = 8
@@ -339,13 +341,22 @@ def decode(
 
 
 def decode_batch(
-    model: Any, writers: Sequence[Writer], prefixes: PrefixCache | None, key: Any, tell: Callable[[Writer], None]
+    model: Any,
+    writers: Sequence[Writer],
+    prefixes: PrefixCache | None,
+    keys: Sequence[Any],
+    tell: Callable[[Writer], None],
+    adapters: Sequence[Collection[object]] | None = None,
 ) -> list[int] | None:
     """Write answers together, padded on the left; what one is does not depend on the others but for rounding.
 
-    Returns the known tokens of each prompt; None, with nothing written, for a model whose cache cannot be padded.
+    `keys` and `adapters` are those of each answer; without `adapters` all have those of the running call. Returns the
+    known tokens of each prompt; None, with nothing written, for a model whose cache cannot be padded.
     """
     import torch
+
+    def adapted(rows: Sequence[int]) -> AbstractContextManager[None]:
+        return nullcontext() if adapters is None else per_row([adapters[row] for row in rows])
 
     device, words = next(model.parameters()).device, writers[0].vocabulary.size
     rows = list(writers)
@@ -353,8 +364,9 @@ def decode_batch(
     read: list[list[tuple[Any, Any]]] = []
     scores: list[Any] = []
     with torch.no_grad():
-        for writer in rows:
-            score, cache, cached = read_prompt(model, writer.prompt, prefixes, key)
+        for row, writer in enumerate(rows):
+            with adapted([row]):
+                score, cache, cached = read_prompt(model, writer.prompt, prefixes, keys[row])
             layers = _layers(cache)
             if layers is None:
                 return None
@@ -366,6 +378,7 @@ def decode_batch(
         cache = _cache_of(model, [_padded([r[i] for r in read], longest) for i in range(len(read[0]))])
         del read
         mask = torch.tensor([[0] * (longest - size) + [1] * size for size in sizes], device=device)
+        places = list(range(len(rows)))  # of what is left of the rows, among all
         waiting: list[list[int]] = [[] for _ in rows]  # tokens that the structure leaves no choice of come one by one
         while True:
             for row, writer in enumerate(rows):
@@ -380,15 +393,16 @@ def decode_batch(
             if len(going) < len(rows):
                 index = torch.tensor(going, device=device)
                 cache.batch_select_indices(index)
-                rows, sizes, waiting = ([x[row] for row in going] for x in (rows, sizes, waiting))
+                rows, sizes, waiting, places = ([x[row] for row in going] for x in (rows, sizes, waiting, places))
                 mask = mask[index]
             _stop()
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             fed = torch.tensor([[tokens.pop(0)] for tokens in waiting], device=device)
-            places = torch.tensor([[size] for size in sizes], device=device)
-            out = model(
-                input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1, attention_mask=mask, position_ids=places
-            )
+            at = torch.tensor([[size] for size in sizes], device=device)
+            with adapted(places):
+                out = model(
+                    input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1, attention_mask=mask, position_ids=at
+                )
             cache, scores = out.cache, list(out.logits[:, -1])
             sizes = [size + 1 for size in sizes]
     for writer in writers:

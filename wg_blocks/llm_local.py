@@ -7,9 +7,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from wg_core.errors import (
     PortValueError,
 )
 from wg_core.execution.context import derive_seed, drained
+from wg_core.weights.lora import per_row, working_on
 from wg_core.weights.module import ModuleBlock
 
 if TYPE_CHECKING:
@@ -113,6 +115,16 @@ class _Asked:
     usage: dict[str, int]
     wrong: list[str] = field(default_factory=list[str])
     text: str = ""
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """An answer that one call of a batch wants written: with which adapters, and the key of what is kept of prompts."""
+
+    writer: Writer
+    key: Any
+    adapters: tuple[Any, ...]
+    tell: Callable[[Writer], None]
 
 
 class CausalLM(ModuleBlock):
@@ -252,6 +264,24 @@ class CausalLM(ModuleBlock):
         """Pieces of the text come for one prompt without a schema; several prompts are decoded as one padded batch."""
         return answers_in_pieces(inputs, self.checkpoint_ref, self._complete, together=self._complete_all)
 
+    def batch_forward(self, inputs: dict[str, Any]) -> Generator[Any, Any, dict[str, Any]]:
+        """Answers of several calls are decoded as one padded batch, each with the adapters and the seed of its call."""
+        return answers_in_pieces(inputs, self.checkpoint_ref, partial(self._complete, joined=True))
+
+    def answer_batch(self, requests: Sequence[_Wanted]) -> list[int]:
+        prefixes = None if self.training else self._prefixes
+        tells = {id(r.writer): r.tell for r in requests}
+        if len(requests) > 1 and self.weights is None:
+            writers, keys, adapters = zip(*((r.writer, r.key, r.adapters) for r in requests), strict=True)
+            known = decode_batch(self.module, writers, prefixes, keys, lambda w: tells[id(w)](w), adapters)
+            if known is not None:
+                return known
+        known = []
+        for r in requests:
+            with per_row([r.adapters]):
+                known.append(drained(decode(self.module, r.writer, prefixes, r.key, r.tell)))
+        return known
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, counted by this model's own tokenizer; loads no weights."""
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -280,8 +310,9 @@ class CausalLM(ModuleBlock):
         schema: Any,
         settings: Settings,
         seed: int,
-    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
-        (answer,) = yield from self._completed([chat], items, schema, settings, [seed])
+        joined: bool = False,
+    ) -> Generator[dict[str, Any], Any, dict[str, Any]]:
+        (answer,) = yield from self._completed([chat], items, schema, settings, [seed], joined)
         return answer
 
     def _complete_all(
@@ -301,7 +332,8 @@ class CausalLM(ModuleBlock):
         schema: Any,
         settings: Settings,
         seeds: Sequence[int],
-    ) -> Generator[dict[str, Any], None, list[dict[str, Any]]]:
+        joined: bool = False,
+    ) -> Generator[Any, Any, list[dict[str, Any]]]:
         """The answers to chats; a structure that breaks off is written again with more room."""
         lines = pack(items, settings.context_tokens, self.count_tokens)
         asked = [self._asked(with_context(list(c), lines), settings, s) for c, s in zip(chats, seeds, strict=True)]
@@ -315,7 +347,7 @@ class CausalLM(ModuleBlock):
             started = time.perf_counter()
             with ExitStack() as budget:
                 held = [budget.enter_context(self._budgeted(writer)) for writer in writers]
-                known = yield from self._write(writers, pieces=len(chats) == 1 and schema is None)
+                known = yield from self._write(writers, pieces=len(chats) == 1 and schema is None, joined=joined)
                 seconds = (time.perf_counter() - started) / len(left)
                 for one, writer, cached, hold in zip(left, writers, known, held, strict=True):
                     self._note(one, writer, cached, seconds, schema, hold)
@@ -460,11 +492,14 @@ class CausalLM(ModuleBlock):
         guide = self._matcher(schema) if schema is not None else None
         return Writer(prompt, settings, seed, self._vocabulary, guide, self.checkpoint_ref)
 
-    def _write(self, writers: Sequence[Writer], *, pieces: bool) -> Generator[dict[str, Any], None, list[int]]:
-        """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already."""
+    def _write(self, writers: Sequence[Writer], *, pieces: bool, joined: bool) -> Generator[Any, Any, list[int]]:
+        """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already.
+
+        With `joined` it is left to others: a request for each is yielded.
+        """
         context, model = current_context(), self.module
         prefixes = None if self.training else self._prefixes
-        adapters = (a for a in self.adapters if a.works())
+        adapters = working_on(self)
         at_work = ((a, *(a._built or {}).values(), a._versions()) for a in adapters)
         key = (self.model_revision, self._versions(), *at_work)
 
@@ -472,8 +507,13 @@ class CausalLM(ModuleBlock):
             text = writer.vocabulary.text(writer.ids[-EMIT_EVERY:])
             context.emit("progress", done=len(writer.ids), total=writer.settings.max_new_tokens, text=text)
 
+        known: list[int] | None = []
+        if joined:
+            for writer in writers:
+                known.append((yield _Wanted(writer, key, adapters, tell)))
+            return known
         if len(writers) > 1 and self.weights is None:
-            known = decode_batch(model, writers, prefixes, key, tell)
+            known = decode_batch(model, writers, prefixes, [key] * len(writers), tell)
             if known is not None:
                 return known
         known = []

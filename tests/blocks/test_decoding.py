@@ -16,7 +16,7 @@ from wg_blocks.llm_local import CausalLM
 from wg_blocks.lora import LoRA
 from wg_core import Graph, ModelPool
 from wg_core.assembly.registry import default_registry
-from wg_core.errors import AbortRun, AdapterError, ConfigError
+from wg_core.errors import AbortRun, AdapterError, ConfigError, NodeExecutionError
 
 SYSTEM = "You write the chronicle of a small harbour town, calm and concrete. Numbers such as 0, 1, 2 are written out."
 LONG = {"max_new_tokens": 40, "temperature": 1.0, "seed": 5}
@@ -150,6 +150,33 @@ def test_a_batch_is_decoded_together_as_if_one_by_one(block: CausalLM, folder: P
     out = block.run({"prompt": prompts, "schema": schema, "params": {"seed": 3}})
     assert all(len(d) == 2 and set(d) <= {"storm", "ice"} for d in out["data"])
     assert out == block.run({"prompt": prompts, "schema": schema, "params": {"seed": 3}})
+
+
+def test_runs_of_a_batch_are_decoded_together_as_if_one_by_one(block: CausalLM) -> None:
+    """02 G-43: several inputs of one graph are one padded batch; each has its own seed and its own adapters."""
+    graph = graph_of(block)
+    adapter = LoRA(target="llm", modules=["*v_proj"], when={"graph_id": "g"})
+    graph.add_node(adapter, "style")
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.fill_(0.05)
+    schema = {"type": "object", "properties": {"n": {"enum": ["storm", "ice"]}}, "required": ["n"]}
+    batch: list[dict[str, Any]] = [
+        {"prompt": "One.", "system": SYSTEM, "params": {"max_new_tokens": 20, "seed": 1}},
+        {"prompt": "Tell a long story of the harbour.", "params": {"max_new_tokens": 33, "seed": 2}},
+        {"prompt": "Which?", "schema": schema, "params": {"seed": 3}},
+        {"prompt": ["Two.", "Three."], "params": {"max_new_tokens": 9, "temperature": 0}},
+    ]
+    alone = [graph.run(inputs) for inputs in batch]
+    calls: list[int] = []
+    block.module.register_forward_hook(lambda m, a, k, o: calls.append(len(k["input_ids"])), with_kwargs=True)
+    seen: list[int] = []
+    assert graph.run_batch(batch, callbacks=(lambda e: e.kind == "model_call" and seen.append(1),)) == alone
+    assert max(calls) == 4 and len(seen) == 5
+    batch[1] = {"prompt": "word " * 3000}
+    with pytest.raises(NodeExecutionError) as caught:
+        graph.run_batch(batch)
+    assert "in item 1 of the batch" in caught.value.__notes__
 
 
 def test_int8_weights_are_a_model_of_their_own_that_cannot_learn(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -446,6 +446,47 @@ def test_a_batch_is_the_runs_in_order() -> None:
     batch = [{"x": [i]} for i in range(3)]
     assert graph.run_batch(batch, seed=3) == [graph.run(inputs, seed=3) for inputs in batch]
     assert graph.run_batch([]) == []
+
+
+class Joined(Block):
+    """Doubles; calls of several runs are computed at once, and `sizes` tells how many."""
+
+    ports = (Port("x", "in", "any"), Port("y", "out", "any"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"y": inputs["x"] * 2 + current_context().node_seed() % 7}
+
+    def batch_forward(self, inputs: dict[str, Any]) -> Generator[Any, Any, dict[str, Any]]:
+        doubled = yield inputs["x"]
+        return {"y": doubled + current_context().node_seed() % 7}
+
+    def answer_batch(self, requests: Sequence[Any]) -> list[Any]:
+        self.sizes.append(len(requests))
+        if 13 in requests:
+            raise ValueError("13 cannot be doubled")
+        return [request * 2 for request in requests]
+
+
+def test_runs_of_a_batch_go_side_by_side_where_a_block_joins_them() -> None:
+    """02 G-43: as one by one, on all levels and with one's own place; a failure is that of the node."""
+    block = Joined()
+    level = nested(block)
+    batch = [{"x": i} for i in (1, 5, 8)]
+    assert level.run_batch(batch, seed=3) == [level.run(inputs, seed=3) for inputs in batch]
+    assert block.sizes == [3] and current_context().path == ""
+    with pytest.raises(NodeExecutionError, match="13 cannot be doubled") as caught:
+        level.run_batch([{"x": 1}, {"x": 13}])
+    assert caught.value.__cause__ is not None
+    assert "in items [0, 1] of the batch, which were computed together" in caught.value.__cause__.__notes__
+    with pytest.raises(MissingInputError) as missing:
+        level.run_batch([{"x": 1}, {}])
+    assert missing.value.__notes__ == ["in item 1 of the batch"]
+    inside = chain(Affine())
+    assert inside.run_batch([{"x": 1}, {"x": 2}]) == [inside.run({"x": i}) for i in (1, 2)]
 
 
 def test_an_error_in_a_batch_names_the_item() -> None:

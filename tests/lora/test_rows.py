@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,30 @@ def test_one_padded_batch_for_several_worlds(folder: Path, tmp_path: Path) -> No
     assert len({tuple(r.flatten().tolist()) for r in logits}) == 4
     with per_row(chosen), pytest.raises(AdapterError, match="does not begin with the batch of 4 rows"):
         block.modules["lm"](torch.tensor([[1, 5, 7]] * 3))
+
+
+def test_worlds_decode_together_what_they_write_alone(folder: Path, tmp_path: Path) -> None:
+    """03 L-3: calls of the base and of LoRA worlds are one batch, rows narrowing as answers end; texts as alone."""
+    base = base_world(folder, tmp_path / "snapshots")
+    worlds: list[Any] = [base, *(lora_world(base, name) for name in ("noir", "calm", "loud"))]
+    for seed, world in enumerate(worlds[1:], 1):
+        teach(world, seed)
+    block: Any = block_at(base, AT["judge"])
+    asked = [{"prompt": "The lamp.", "params": {"seed": 1, "max_new_tokens": 6 * (i + 1)}} for i in range(4)]
+    alone, runs, contexts, wanted = [], [], [], []
+    with torch.no_grad():
+        for world, inputs in zip(worlds, asked, strict=True):
+            with calling(world, AT["judge"], training=False):
+                alone.append(block.forward(inputs)["text"])
+                contexts.append(copy_context())
+                runs.append(block.batch_forward(inputs))
+                wanted.append(contexts[-1].run(next, runs[-1]))
+        sizes: list[int] = []
+        block.module.register_forward_hook(lambda m, a, k, o: sizes.append(len(k["input_ids"])), with_kwargs=True)
+        together = []
+        for context, run, known in zip(contexts, runs, block.answer_batch(wanted), strict=True):
+            with pytest.raises(StopIteration) as done:
+                context.run(run.send, known)
+            together.append(done.value.value["text"])
+    assert together == alone and len(set(alone)) == 4
+    assert {1, 4} <= set(sizes) and sorted(sizes[sizes.index(4) :], reverse=True) == sizes[sizes.index(4) :]

@@ -242,6 +242,23 @@ class Block:
         return self.forward(inputs)
         yield {}  # never reached: makes this a generator
 
+    def batch_forward(self, inputs: dict[str, Any]) -> Generator[Any, Any, dict[str, Any]]:
+        """`forward` as a part of a batch, where a block offers it: a generator that yields what it wants computed.
+
+        It is sent the answer to each request, and returns the outputs. `answer_batch` gets the requests of several
+        calls at once, each made in the context of its own call.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.batch_forward")
+
+    def answer_batch(self, requests: Sequence[Any]) -> list[Any]:
+        """The answers to requests of `batch_forward`, in order; what one is must not depend on the others."""
+        raise NotImplementedError(f"{type(self).__name__}.answer_batch")
+
+    @property
+    def batches(self) -> bool:
+        """Whether calls of several runs are computed together: the block implements `batch_forward`."""
+        return type(self).batch_forward is not Block.batch_forward
+
     def run(self, inputs: Mapping[str, Any], *, strict_types: bool = False) -> dict[str, Any]:
         """`forward` with all checks, for stand-alone use.
 

@@ -6,8 +6,9 @@ Each takes a session (a level's walk with all around it), runs the calls that it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -19,6 +20,7 @@ from wg_core.structure.port import kind_of
 if TYPE_CHECKING:
     import asyncio
 
+    from wg_core.execution.block import Block
     from wg_core.execution.executable_graph import ExecutableGraph
 
 Result = dict[str, Any]
@@ -244,6 +246,78 @@ def drive_steps(graph: ExecutableGraph[Any], session: Session, dry: bool) -> Gen
                 raise
     except StopIteration as stop:
         return stop.value
+
+
+def drive_batched(graph: ExecutableGraph[Any], session: Session) -> Generator[tuple[Block, Any], Any, Result]:
+    """Run a session that is one of a batch: what blocks want computed with that of others is yielded, with the block."""
+    outputs: Result | None = None
+    try:
+        while True:
+            op, inputs = session.send(outputs)
+            try:
+                below = graph.session_below(op, inputs)
+                if below is not None:
+                    outputs = yield from drive_batched(*below)
+                elif getattr(graph.nodes[op.node_id].child, "batches", False):
+                    block, requests = graph.batch_of(graph.nodes[op.node_id])
+                    outputs = yield from _of_block(block, requests(inputs))
+                else:
+                    outputs = op.call(inputs)
+            except BaseException as error:
+                session.throw(error)
+                raise
+    except StopIteration as stop:
+        return stop.value
+
+
+def _of_block(block: Block, requests: Generator[Any, Any, Result]) -> Generator[tuple[Block, Any], Any, Result]:
+    answer: Any = None
+    try:
+        while True:
+            try:
+                request = requests.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            answer = yield block, request
+    finally:
+        requests.close()
+
+
+def together(runs: Sequence[Generator[tuple[Block, Any], Any, Result]]) -> list[Result]:
+    """Run `drive_batched` of several sessions side by side, each in a context of its own; results in order.
+
+    Each goes on until it wants something of a block; what they want of one block is computed at once.
+    """
+    contexts = [copy_context() for _ in runs]
+    results: dict[int, Result] = {}
+    sent: dict[int, Any] = dict.fromkeys(range(len(runs)))
+    try:
+        while sent:
+            asked: dict[int, tuple[list[int], list[Any], Block]] = {}
+            for i, answer in sent.items():
+                try:
+                    block, request = contexts[i].run(runs[i].send, answer)
+                except StopIteration as stop:
+                    results[i] = stop.value
+                except Exception as error:
+                    error.add_note(f"in item {i} of the batch")
+                    raise
+                else:
+                    rows, requests, _ = asked.setdefault(id(block), ([], [], block))
+                    rows.append(i)
+                    requests.append(request)
+            sent = {}
+            for rows, requests, block in asked.values():
+                try:
+                    sent |= zip(rows, block.answer_batch(requests), strict=True)
+                except Exception as error:
+                    error.add_note(f"in items {rows} of the batch, which were computed together")
+                    contexts[rows[0]].run(runs[rows[0]].throw, error)
+                    raise
+    finally:
+        for context, run in zip(contexts, runs, strict=True):
+            context.run(run.close)
+    return [results[i] for i in range(len(runs))]
 
 
 def dry_call(graph: ExecutableGraph[Any], op: Call, inputs: dict[str, Any]) -> Result:

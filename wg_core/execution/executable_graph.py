@@ -22,10 +22,12 @@ from wg_core.execution.drive import (
     Steps,
     drive,
     drive_async,
+    drive_batched,
     drive_steps,
     drive_stream,
     held,
     in_time,
+    together,
 )
 from wg_core.execution.hyper import ORIGIN, Lowered, hyperedges_below, links_below, lower
 from wg_core.execution.plan import LOOP_PORTS, Call, Loop, LoopStart, Placeholder, Plan, compile_plan, copy_defaults
@@ -702,16 +704,27 @@ class ExecutableGraph(Generic[Child]):
     def run_batch(self, batch: Iterable[Mapping[Any, Any]], **options: Any) -> list[dict[str, Any]]:
         """`run` for each of several inputs, in order; all get the same options.
 
+        Where a block below computes calls of several runs together (`Block.batch_forward`), the runs go side by side.
+
         Raises: what `run` raises, with a note that names the item.
         """
+        items = list(batch)
+        if len(items) > 1 and self._side_by_side(options):
+            with self._modes(self._chosen(options)):
+                return together([drive_batched(self, self._session(i, self._chosen(options), None)) for i in items])
         results: list[dict[str, Any]] = []
-        for i, inputs in enumerate(batch):
+        for i, inputs in enumerate(items):
             try:
                 results.append(self.run(inputs, **options))
             except Exception as error:
                 error.add_note(f"in item {i} of the batch")
                 raise
         return results
+
+    def _side_by_side(self, options: Mapping[str, Any]) -> bool:
+        chosen = self._chosen(options)
+        plain = type(self).run is ExecutableGraph.run and FRAME.get() is None and not (chosen.training or chosen.dry_run)
+        return plain and any(block.batches for block in self.plan().blocks)
 
     async def run_async(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """`run` in an event loop: where a block's `forward` returns an awaitable it is awaited, on all levels.
@@ -840,6 +853,11 @@ class ExecutableGraph(Generic[Child]):
     def stream_of(self, node: Node[Child]) -> Callable[[dict[str, Any]], Generator[dict[str, Any], None, dict[str, Any]]]:
         """What gives the pieces of a block's outputs."""
         return cast(Block, node.child).stream_forward
+
+    def batch_of(self, node: Node[Child]) -> tuple[Block, Callable[[dict[str, Any]], Generator[Any, Any, dict[str, Any]]]]:
+        """A block that computes calls of several runs together, and what gives its requests."""
+        block = cast(Block, node.child)
+        return block, block.batch_forward
 
     def _captured(self, frame: Frame) -> dict[str, Any]:
         missing = [key for key in frame.options.capture if key not in frame.captured]

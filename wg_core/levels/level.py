@@ -70,6 +70,13 @@ class Level(ExecutableGraph[Child], Trained, Written):
             return block.stream_forward
         return lambda inputs: held(block.stream_forward(inputs), lambda: active(adapters))
 
+    def batch_of(self, node: Node[Child]) -> tuple[Block, Callable[[dict[str, Any]], Generator[Any, Any, dict[str, Any]]]]:
+        block, requests = super().batch_of(node)
+        adapters = self._adapters_of(block)
+        if not adapters:
+            return block, requests
+        return block, lambda inputs: held(requests(inputs), lambda: active(adapters))
+
     def _adapters_of(self, child: Any) -> frozenset[int]:
         return frozenset(id(a) for a, t in self._hanging() if t is child)
 
