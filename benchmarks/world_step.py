@@ -4,7 +4,8 @@ python benchmarks/world_step.py [--steps N] [--world worlds/tidewater.yaml]
 
 Prints, from one run: seconds of a step of the stub world by itself and through Dagster (same process, models kept),
 their difference and ratio; the engine's own share of a step (stages with nothing to do but pass values); and for the
-default world the loads of its language model in N steps, the seconds of that load, and seconds of a step.
+default world the loads of its language model in N steps, the seconds of that load, and seconds of a step; and what
+search by meaning adds to it: memory of the embedding model, its load, and its seconds in a step.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def timed(act: object, times: int) -> list[float]:
     return seconds
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def default_world(path: str, models: Path, home: Path, steps: int) -> None:
     os.environ["WG_HOME"] = str(home / "default")
     (home / "default").mkdir()
@@ -71,6 +77,7 @@ def default_world(path: str, models: Path, home: Path, steps: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401 - an import is no load
 
     from wg_core import World
+    from wg_core.execution.context import Event
 
     world = World.from_yaml(path)
     llm = next(b for b in world.iter_blocks() if b.block_type == "llm/hf")
@@ -78,14 +85,29 @@ def default_world(path: str, models: Path, home: Path, steps: int) -> None:
     llm.materialize()
     print(f"load of the language model from the store, without imports: {time.perf_counter() - since:.2f} s")
     seen = {id(llm.module)}  # type: ignore[attr-defined]
+    near = next((b for b in world.iter_blocks() if b.role == "embedding"), None)
+    if near is not None:
+        before, since = resident(), time.perf_counter()
+        near.materialize()
+        near.run({"input": "a storm lands"})
+        print(f"the embedding model: loaded and used once in {time.perf_counter() - since:.2f} s, ", end="")
+        print(f"adds {(resident() - before) / 2**20:.0f} MiB to {before / 2**20:.0f} MiB")
     seconds: list[float] = []
+    searched: list[float] = []
+
+    def note(event: Event) -> None:
+        if event.kind == "node_end" and event.node_id == "context":
+            searched[-1] += event.elapsed or 0.0
+
     for _ in range(steps):
         since = time.perf_counter()
-        world.step(seed=1)
+        searched.append(0.0)
+        world.step(seed=1, hooks=[note])
         seconds.append(time.perf_counter() - since)
         seen.add(id(llm.module))  # type: ignore[attr-defined]
     users = sum(b.block_type == "llm/hf" for b in world.iter_blocks())
     print(f"loads in {steps} steps: {len(seen)} ({users} instance for all stages); a step takes {statistics.median(seconds[1:]):.1f} s")
+    print(f"finding what the stages read of the world: {statistics.median(searched[1:]):.2f} s of a step")
 
 
 def main() -> None:
