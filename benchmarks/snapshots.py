@@ -135,7 +135,7 @@ def written(home: Path, entities: int, chronicle: int, part: int = 0, changes: i
 
     Of ten steps in a row, after `chronicle` others, the one that adds most beyond what changed.
     """
-    from wg_core.levels.world import example_state
+    from wg_core.levels.example import example_state
 
     steps = Steps(home / f"bytes{entities}-{chronicle}-{part}-{changes}", entities)
 
@@ -170,7 +170,7 @@ def written(home: Path, entities: int, chronicle: int, part: int = 0, changes: i
 
 def idle_world(home: Path) -> World:
     """Five stages of 40 nodes: one that holds a valid block of the state, and 39 that hand it on."""
-    from wg_core.levels.world import example_state
+    from wg_core.levels.example import example_state
 
     store = SnapshotStore(home / "world")
     blocks = example_state([1, 2, 3, 4, 5], store.blobs.put).to_json()

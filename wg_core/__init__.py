@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from wg_core.execution.block import Block
     from wg_core.execution.context import current_context
     from wg_core.levels.end_world import EndWorld
+    from wg_core.levels.flow import Flow
     from wg_core.levels.graph import Graph
     from wg_core.levels.pipeline import Pipeline
     from wg_core.levels.stage import Stage
-    from wg_core.levels.world import Flow, World
+    from wg_core.levels.world import World
     from wg_core.state.content import WorldContent
     from wg_core.state.state import State
     from wg_core.structure.port import Port
@@ -36,7 +37,7 @@ _HOMES = {
     "Graph": "levels.graph",
     "Pipeline": "levels.pipeline",
     "Stage": "levels.stage",
-    "Flow": "levels.world",
+    "Flow": "levels.flow",
     "World": "levels.world",
     "WorldContent": "state.content",
     "State": "state.state",

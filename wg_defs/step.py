@@ -18,7 +18,8 @@ from wg_defs.partitions import key_of, step_of, steps_of
 from wg_defs.worlds import WorldFile
 
 if TYPE_CHECKING:
-    from wg_core.levels.world import Flow, World
+    from wg_core.levels.flow import Flow
+    from wg_core.levels.world import World
 
 PASSING = (ApiRateLimitError, ApiTimeoutError)
 """Errors that a second try may not see."""
@@ -192,7 +193,7 @@ def _stage_op(file: WorldFile, role: str) -> dg.OpDefinition:
         pool=pool_name(file.world_id),
     )
     def stage(context: dg.OpExecutionContext, flow: dict[str, Any], worlds: WorldPool, tracker: MlflowTracker):
-        from wg_core.levels.world import Flow
+        from wg_core.levels.flow import Flow
 
         world = worlds.world(file.path)
         tracking = flow["tracking"]
@@ -238,7 +239,7 @@ def _snapshot_op(file: WorldFile) -> dg.OpDefinition:
         pool=pool_name(file.world_id),
     )
     def snapshot(context: dg.OpExecutionContext, flow: dict[str, Any], worlds: WorldPool, tracker: MlflowTracker):
-        from wg_core.levels.world import Flow
+        from wg_core.levels.flow import Flow
 
         world = worlds.world(file.path)
         tracking = flow["tracking"]

@@ -10,7 +10,7 @@ import torch
 from tiny_lm import save_tiny_lm
 
 from wg_core import ModelPool, World
-from wg_core.levels.world import Flow
+from wg_core.levels.flow import Flow
 from wg_core.state.store import SnapshotStore
 from wg_core.weights.module import ModuleBlock
 

@@ -20,8 +20,9 @@ from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.errors import AdapterError, CheckpointError, ConfigError, NodeError, did_you_mean
 from wg_core.execution.block import Block, LoadReport
 from wg_core.levels.adapter_sets import AdapterLine, Spot, node_path, put_block, report, spots, twin
+from wg_core.levels.flow import Flow
 from wg_core.levels.holders import levels_below, shared_blocks
-from wg_core.levels.world import Flow, World
+from wg_core.levels.world import World
 from wg_core.state.canonical import parse_json, sha256_json
 from wg_core.state.files import TEMP_PREFIX, make_folder, write_file
 from wg_core.state.store import SnapshotStore

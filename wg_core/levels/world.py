@@ -6,17 +6,13 @@ import logging
 import os
 import secrets
 import socket
-import struct
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-
-from pydantic import BaseModel, ConfigDict
 
 from wg_core.assembly.build import Build
 from wg_core.assembly.models import CANONICAL, UPDATE, WorldEntry
@@ -31,13 +27,15 @@ from wg_core.errors import (
     did_you_mean,
 )
 from wg_core.execution.block import Block
-from wg_core.execution.budget import Budget, checked_limits
+from wg_core.execution.budget import checked_limits
 from wg_core.execution.calls import CallLog
 from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, add_rows, derive_seed
 from wg_core.execution.drawing import Drawing, draw_cycle
 from wg_core.execution.executable_graph import Node
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.end_world import EndWorld, end_world_folders, find_end_world, linked_end_worlds
+from wg_core.levels.example import example_state
+from wg_core.levels.flow import Flow, step_budget, with_budget
 from wg_core.levels.replay import Replay, read_calls, replay
 from wg_core.levels.stage import Stage, StageResult, why_not
 from wg_core.levels.training import Trained
@@ -48,43 +46,13 @@ from wg_core.state.content import WorldContent, WorldView, apply
 from wg_core.state.forms import DEFAULT_SCHEMA
 from wg_core.state.home import home
 from wg_core.state.schemas import intent_schema, offered, outcome_schema
-from wg_core.state.state import BLOCKS, State, StateSchema, block_name
+from wg_core.state.state import BLOCKS, State, StateSchema
 from wg_core.state.store import Snapshot, SnapshotStore, StageRecord
 from wg_core.state.upkeep import GRACE_S, Removed
 from wg_core.structure.ids import check_id
 
 ROLES = CANONICAL
 _log = logging.getLogger("wg_core.world")
-
-
-class Flow(BaseModel):
-    """A step on its way: plain JSON, so that each stage may run in another process.
-
-    `content` is the root hash of the content after the stages so far; `given` the state that the step began with,
-    `applied` the full state that World update took in, `dropped` the blocks of a state that was not full. `calls` names
-    for each stage the blob with the model calls that it made, `budget` what the whole step may ask of models.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    world_id: str
-    step: int
-    parent: str | None
-    epoch: int
-    owner: str
-    given: dict[str, Any]
-    state: dict[str, Any]
-    applied: dict[str, Any] | None = None
-    dropped: list[str] = []
-    content: str
-    content_seed: str
-    stages: list[StageRecord] = []
-    calls: dict[str, str] = {}
-    budget: dict[str, int | float] = {}
-    action: str | None = None
-    seed: int
-    config_hash: str
-    started: float
 
 
 class World(Trained, Written):
@@ -781,7 +749,7 @@ class World(Trained, Written):
             "blobs": self.store.blobs,
             "calls": calls,
             **options,
-            "budget": _step_budget(flow, options.get("budget")),
+            "budget": step_budget(flow, options.get("budget")),
         }
         settings["extra"] = {"step": flow.step, **cast("dict[str, Any]", options.get("extra") or {})}
         with self._calling(role, RunOptions(**settings)):
@@ -904,48 +872,9 @@ def _stage_hash(stage: Stage) -> str:
         return f"code:{sha256_json(blocks)}"
 
 
-def with_budget(options: dict[str, Any]) -> dict[str, Any]:
-    """Run options whose budget, if any, is one for all the runs that they are given to. Raises: ConfigError."""
-    return {**options, "budget": Budget.of(options["budget"])} if options.get("budget") is not None else options
-
-
-def _step_budget(flow: Flow, run: Budget | Mapping[str, Any] | None) -> Budget | None:
-    """What the stage that comes next may use: what is left of the step's budget, and of the run's."""
-    if not flow.budget:
-        return Budget.of(run)
-    spent = [row for record in flow.stages for row in record.usage.values()]
-    return Budget(flow.budget, within=Budget.of(run), spent=spent)
-
-
 def default_owner() -> str:
     """How this process signs a lease."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def example_state(blocks: Sequence[int | str], put: Callable[[bytes], str]) -> State:
-    """A valid state with just these blocks; its artifact is a small picture, stored through `put`."""
-    sha = put(_small_png())
-    picture = {"id": sha, "media_type": "image/png", "slot": "images", "uri": f"blob:{sha}", "width": 16, "height": 16}
-    examples: dict[str, Any] = {
-        "intent": {"text": "The harbour waits for the morning boats."},
-        "generation_config": {"requests": [{"id": "r1", "slot": "images", "maker": "map", "params": {}}]},
-        "artifacts": {"images": [picture]},
-        "descriptions": {"items": [{"artifact_id": sha, "text": "A small blue square.", "facts": {"width": 16}}]},
-        "outcome": {"narrative": "Someone painted the harbour wall blue.", "changes": []},
-    }
-    wanted = [block_name(b) for b in blocks]
-    return State.of({b: examples[b] for b in BLOCKS if b in wanted})
-
-
-def _small_png() -> bytes:
-    """A blue square of 16 x 16 pixels (PNG, ISO/IEC 15948)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = (b"\0" + b"\x2a\x5c\x8a" * 16) * 16
-    header = struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def _tell(hooks: Sequence[Hook], event: Event) -> None:
