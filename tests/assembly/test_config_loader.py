@@ -50,6 +50,7 @@ exposed_inputs: [{name: x, node_id: a, port_name: x}]
         ("a: [1, 2\nb: 3\n", "not readable as YAML or JSON"),
         ("a: b: c\n", "<text>:1: not readable as YAML or JSON"),
         ("a: " + "9" * 5000 + "\n", "<text>:1: a: unreadable value"),
+        ("a: 0x" + "f" * 9000 + "\n", "<text>:1: a: unreadable value: a whole number of more than 1024 bits"),
         ('{"a": "\x00"}', "not readable as YAML or JSON"),
     ],
 )

@@ -21,6 +21,7 @@ MAX_DEPTH = 60
 MAX_NODES = 200_000
 MAX_REF_DEPTH = 20
 MAX_REFS = 1000
+MAX_BITS = 1024  # what a float can hold
 
 Where = tuple[str | int, ...]
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")}
@@ -184,6 +185,8 @@ class _Builder:
             value = cast(Any, self.scalars.construct_object(node))
         except (ValueError, OverflowError) as error:
             raise document.error(where, f"unreadable value: {error}") from None
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise document.error(where, f"unreadable value: a whole number of more than {MAX_BITS} bits")
         if isinstance(value, float) and not math.isfinite(value):
             raise document.error(where, "NaN and infinity are not allowed")
         if isinstance(value, str):
