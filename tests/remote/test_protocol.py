@@ -38,14 +38,18 @@ def guarded() -> Iterator[Far]:
     del os.environ["FAR_TOKEN"]
 
 
+PATIENCE = 60.0
+"""Seconds: a machine under load answers late, which is not what these tests are about."""
+
+
 def post(far: Far, body: Any = None, **more: Any) -> httpx2.Response:
     if "content" not in more:
         more["json"] = body
-    return httpx2.post(f"{far.url}/run", trust_env=False, **more)
+    return httpx2.post(f"{far.url}/run", trust_env=False, **{"timeout": PATIENCE, **more})
 
 
 def get(far: Far, path: str, **more: Any) -> httpx2.Response:
-    return httpx2.get(far.url + path, trust_env=False, **more)
+    return httpx2.get(far.url + path, trust_env=False, **{"timeout": PATIENCE, **more})
 
 
 def test_spec_health_and_run(adder: Far) -> None:

@@ -262,7 +262,9 @@ def is_link(data: bytes) -> bool:
 def entry_of(part: Part) -> dict[str, Any] | None:
     """What a link says that happened (nothing in the first one), None for a part that is no link."""
     value = part.value
-    return value[_TAG]["entry"] or {} if isinstance(value, dict) and _TAG in value else None
+    if not isinstance(value, dict) or _TAG not in value:
+        return None
+    return cast("dict[str, Any]", value[_TAG]["entry"] or {})
 
 
 def needed(blobs: BlobStore, root: str, known: Collection[str]) -> Iterator[tuple[str, Part]]:
