@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def decode_speed(block: Block, tokens: int, schema: Any = None) -> float:
         return usage["completion_tokens"], time.perf_counter() - begun
 
     timed(1)  # loads the model, and fills what is kept of the prompt
+    if schema:
+        block.run({**ASK, "schema": {"enum": ["a"]}, "params": {"seed": 1}})  # reads the tokenizer for schemas
     _, one = timed(1)
     number, whole = timed(tokens)
     return (number - 1) / (whole - one)
@@ -70,6 +73,13 @@ def llama_cpp() -> Block | None:
     return GGUF(checkpoint_ref=f"{NAME}-gguf")
 
 
+def version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def measure(tokens: int, rounds: int, text_tokens: int) -> dict[str, Any]:
     with progress_bar() as show:
         ModelStore().pull(NAME, show)
@@ -91,7 +101,11 @@ def measure(tokens: int, rounds: int, text_tokens: int) -> dict[str, Any]:
         ratios["int8_over_llama_cpp"] = round(speed["int8"] / speed["llama_cpp"], 2)
         ratios["aim"] = 1.5
     quality = {"float32": round(perplexity(plain, text_tokens), 2), "int8": round(perplexity(small, text_tokens), 2)}
-    return {"tokens_per_s": speed, "ratios": ratios, "perplexity": quality, "text_tokens": text_tokens}
+    versions = {name: version_of(name) for name in ("torch", "transformers", "xllamacpp", "llguidance")}
+    return {
+        "tokens_per_s": speed, "ratios": ratios, "perplexity": quality, "text_tokens": text_tokens, "rounds": rounds,
+        "versions": versions,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -427,7 +427,9 @@ def show(world: Annotated[str, typer.Argument(metavar="WORLD[@STEP]")], *, as_js
         print_step(opened, snapshot)
         used = spending(opened.usage())
         cost = f", cost {used['cost']:.6g}" if used["cost"] else ""
-        out.print(f"all steps: {used['calls']:.0f} model calls, {used['tokens']:.0f} tokens{cost}", markup=False)
+        known = sum(row.get("cached_tokens", 0) for row in opened.usage().values())
+        again = f" ({known:.0f} of prompts known, not computed again)" if known else ""
+        out.print(f"all steps: {used['calls']:.0f} model calls, {used['tokens']:.0f} tokens{again}{cost}", markup=False)
     return OK
 
 
