@@ -492,7 +492,7 @@ class CausalLM(ModuleBlock):
         guide = self._matcher(schema) if schema is not None else None
         return Writer(prompt, settings, seed, self._vocabulary, guide, self.checkpoint_ref)
 
-    def _write(self, writers: Sequence[Writer], *, pieces: bool, joined: bool) -> Generator[Any, Any, list[int]]:
+    def _write(self, writers: Sequence[Writer], *, pieces: bool, joined: bool = False) -> Generator[Any, Any, list[int]]:
         """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already.
 
         With `joined` it is left to others: a request for each is yielded.
