@@ -21,7 +21,7 @@ def pixels(image: np.ndarray) -> np.ndarray:
     return np.rint(image[0].transpose(1, 2, 0) * 255).astype(np.uint8)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.integers(0, 2**63 - 1),
     st.floats(0, 1),

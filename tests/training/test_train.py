@@ -122,6 +122,7 @@ def test_train_from_the_command_line(at_home: Tiny, calm: dict[str, Any]) -> Non
     assert refused.exit_code == 2 and "is a LoRA world itself" in refused.stderr
 
 
+@pytest.mark.slow
 def test_compare_writes_a_report_and_has_bounds(at_home: Tiny, calm: dict[str, Any]) -> None:
     """03 L-7: held-out loss, valid structures and diversity, both from equal seeds, in files and in MLflow."""
     history = [s.id for s in at_home.world().history()]
@@ -155,6 +156,7 @@ def test_what_a_model_wrote_is_text_in_the_report(tmp_path: Path) -> None:
     assert verdict(worse) == ["40% of the structures are valid; the bound is 90%"]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_equal_weights(at_home: Tiny, calm: dict[str, Any]) -> None:
     """03 L-6, 02 T-10: killed without warning, it goes on as the same MLflow run, to the weights of one that was not."""
     script = (

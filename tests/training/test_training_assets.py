@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pytest
 from tiny_project import Tiny
 
 from wg_core import World
@@ -55,6 +56,7 @@ def failed_checks(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
     return {c.check_name: c.metadata for c in result.get_asset_check_evaluations() if not c.passed}
 
 
+@pytest.mark.slow
 def test_examples_adapter_evaluation_and_world(at_home: Tiny) -> None:
     """05 mapping, K-10, K-14, K-15, 03 L-6, L-7: the chain of assets, its checks, and the links between both pages."""
     target = at_home.root / "worlds" / "shown.yaml"
