@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 import tracemalloc
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,18 @@ def waiting(graph: Graph) -> Callable[[], Any]:
     return run
 
 
+class Trace:
+    """The seconds of each node, as a step that is tracked keeps them."""
+
+    kinds = ("model_call", "node_end")
+
+    def __init__(self) -> None:
+        self.nodes: deque[tuple[str, float]] = deque(maxlen=1000)
+
+    def __call__(self, event: Any) -> None:
+        self.nodes.append((event.path, event.elapsed))
+
+
 def cases() -> dict[str, tuple[Callable[[], Any], int]]:
     """Name -> what to time, and how many node calls it makes."""
     found: dict[str, tuple[Callable[[], Any], int]] = {}
@@ -136,6 +149,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], int]]:
         found[f"bare loop {n}"] = (bare(n), n)
         found[f"nn.Sequential {n}"] = (sequential(n), n)
     found["heard chain 1000"] = (engine(chain(1000), callbacks=(lambda event: None,)), 1000)
+    found["traced chain 1000"] = (engine(chain(1000), callbacks=(Trace(),)), 1000)
     found["async chain 1000"] = (waiting(chain(1000)), 1000)
     found["chain 10000"] = (engine(chain(10_000)), 10_000)
     found["fan 100"] = (engine(fan(100)), 102)
@@ -217,7 +231,8 @@ def measure(repeats: int) -> dict[str, Any]:
     per_node = medians(repeats)
     return {
         "us_per_node": {name: round(value, 3) for name, value in per_node.items()},
-        "hook_adds_us_per_node": round(per_node["heard chain 1000"] - per_node["chain 1000"], 2),
+        "hook_of_all_events_adds_us_per_node": round(per_node["heard chain 1000"] - per_node["chain 1000"], 2),
+        "trace_adds_us_per_node": round(per_node["traced chain 1000"] - per_node["chain 1000"], 2),
         "python_calls_per_node_chain_1000": round(python_calls(chain(1000), 1000), 2),
         "python_calls_per_node_chain_10": round(python_calls(chain(10), 10), 2),
         "python_calls_per_node_fan_100": round(python_calls(fan(100), 102), 2),

@@ -190,6 +190,8 @@ class MlflowTracker(dg.ConfigurableResource):
 class StageCalls:
     """An engine hook that keeps a stage's model calls and the seconds of its nodes."""
 
+    kinds = ("model_call", "node_end")
+
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.nodes: list[tuple[str, float]] = []
@@ -197,7 +199,7 @@ class StageCalls:
         self.error = ""
 
     def __call__(self, event: Any) -> None:
-        """Keep `event` if it is a model call or the end of a node."""
+        """Keep a model call, or the seconds of a node."""
         if event.kind == "model_call":
             data, end = event.data, time.time_ns()
             self.calls.append(
@@ -212,7 +214,7 @@ class StageCalls:
                     "end": end,
                 }
             )
-        elif event.kind == "node_end":
+        else:
             self.nodes.append((event.path, float(event.elapsed or 0.0)))
 
 

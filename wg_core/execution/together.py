@@ -59,7 +59,8 @@ def side_by_side(calls: Sequence[Beside], limit: int, frame: Frame) -> dict[str,
     lines: dict[str, list[Beside]] = {}
     for call in calls:
         own = copy.copy(frame)
-        own.node_id, own.turn, own.deadline, own.hooks = call.node_id, call.turn, call.deadline, hooks
+        own.node_id, own.turn, own.deadline = call.node_id, call.turn, call.deadline
+        own.listen(hooks)
         call.context.run(FRAME.set, own)
         lines.setdefault(call.node_id, []).append(call)
     torch: Any = sys.modules.get("torch")
@@ -95,4 +96,5 @@ def _one_at_a_time(hook: Hook, lock: threading.RLock) -> Hook:
         with lock:
             cast(Any, hook)(event)
 
+    told.kinds = getattr(hook, "kinds", None)  # type: ignore[attr-defined]
     return told

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Mapping
+from time import perf_counter as clock
 from typing import Any, cast
 
 from wg_core.errors import (
@@ -17,7 +17,7 @@ from wg_core.errors import (
     WGError,
 )
 from wg_core.execution.block import check_kinds, check_outputs
-from wg_core.execution.context import NOTHING, Event, Frame, check_stop
+from wg_core.execution.context import NOTHING, Event, Frame, check_stop, event_of, tell
 from wg_core.execution.plan import Call, LoopStart, Placeholder, Plan, steps_of
 from wg_core.execution.tensors import map_tensors
 from wg_core.structure.port import UNSET, kind_of
@@ -59,7 +59,9 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 _gather(op, values, inputs, frame)
             frame.node_id = op.node_id
             if watched:
-                started = _before(op, inputs, frame, total)
+                if frame.checked or frame.starts:
+                    _before(op, inputs, frame, total)
+                started = clock()
             try:
                 outputs = yield op, inputs
             except (AbortRun, RunTimeoutError, BudgetExceededError, NodeExecutionError):
@@ -134,19 +136,25 @@ def _gather(op: Call, values: list[Any], inputs: dict[str, Any], frame: Frame) -
             )
 
 
-def _before(op: Call, inputs: dict[str, Any], frame: Frame, total: int) -> float:
+def _before(op: Call, inputs: dict[str, Any], frame: Frame, total: int) -> None:
     if frame.stoppable:
         check_stop(frame)
-    options = frame.options
-    if options.strict_types:
+    if frame.options.strict_types:
         given = {k: v for k, v in inputs.items() if not isinstance(v, Placeholder)}
         check_kinds(f"{frame.path}/{op.node_id}", op.ports.inputs, given)
-    if frame.hooks:
-        frame.tell(_node_event("node_start", op, frame, total, inputs, None, None))
-    return time.perf_counter()
+    if frame.starts:
+        tell(_node_event("node_start", op, frame, total, inputs, None, None), frame.starts)
 
 
 def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Frame, started: float, total: int) -> None:
+    elapsed = clock() - started
+    if frame.checked:
+        _check(op, outputs, frame)
+    if frame.ends:
+        tell(_node_event("node_end", op, frame, total, inputs, outputs, elapsed), frame.ends)
+
+
+def _check(op: Call, outputs: dict[str, Any], frame: Frame) -> None:
     options = frame.options
     if options.strict_types:
         given = {k: v for k, v in outputs.items() if not isinstance(v, Placeholder)}
@@ -159,17 +167,14 @@ def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Fra
     if options.capture:
         for port, value in outputs.items():
             frame.root.captured[f"{frame.node_path}{op.node_id}:{port}"] = value
-    if frame.hooks:
-        frame.tell(_node_event("node_end", op, frame, total, inputs, outputs, time.perf_counter() - started))
 
 
 def _node_event(
     kind: str, op: Call, frame: Frame, total: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None,
     elapsed: float | None,
 ) -> Event:  # fmt: skip
-    """An event of a node, made from a tuple of all its fields: the quickest way, for it is on the path of every call."""
     node_id = op.node_id
-    return Event._make((
+    return event_of((
         kind, f"{frame.path}/{node_id}", frame.level, node_id, frame.iteration, total or None, inputs, outputs, elapsed,
         frame.options.trace_context, NOTHING,
     ))  # fmt: skip
@@ -195,7 +200,7 @@ def _failure(op: Call, inputs: Mapping[str, Any], frame: Frame, error: Exception
         node_id=op.node_id,
         iteration=frame.iteration,
         inputs=inputs,
-        elapsed=time.perf_counter() - started if started else None,
+        elapsed=clock() - started if started else None,
         data={"error": f"{type(error).__name__}: {error}"},
     )
     at = "" if frame.iteration is None else f" in iteration {frame.iteration}"

@@ -29,7 +29,7 @@ from wg_core.errors import (
 from wg_core.execution.block import Block
 from wg_core.execution.budget import checked_limits
 from wg_core.execution.calls import CallLog
-from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, add_rows, derive_seed
+from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, add_rows, derive_seed, hears
 from wg_core.execution.drawing import Drawing, draw_cycle
 from wg_core.execution.executable_graph import Node
 from wg_core.execution.validate import ValidationResult
@@ -878,7 +878,7 @@ def default_owner() -> str:
 
 
 def _tell(hooks: Sequence[Hook], event: Event) -> None:
-    for hook in hooks:
+    for hook in (h for h in hooks if hears(h, event.kind)):
         try:
             hook(event)
         except WGError:
