@@ -43,6 +43,13 @@ def test_a_stage_that_leaves_its_block_empty_fails() -> None:
     assert result.state is given and (result.ran, result.reason) == (False, "block 1 (intent) is already filled")
 
 
+def test_the_events_of_a_stage_are_part_of_its_result_where_they_are_asked_for() -> None:
+    """03 W-7."""
+    result = deciding().step(State(), events=True)
+    assert next((e.kind, e.path) for e in result.events if e.kind == "node_end") == ("node_end", "decide/g/g/say")
+    assert list(deciding().step(State()).events) == []
+
+
 def test_equal_names_are_mapped_and_the_rest_is_asked_for() -> None:
     """03 W-5, W-9: a name that no block, pipeline or field has is refused where the stage is built."""
     stage = deciding(inputs={"seen": "world"})

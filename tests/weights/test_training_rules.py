@@ -112,13 +112,14 @@ class Far(Block):
     """Something that gives numbers and no gradient, as all that runs elsewhere."""
 
     ports = PORTS
+    passes_gradient = False
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"y": torch.tensor(inputs["x"].tolist())}
 
 
-def test_what_runs_elsewhere_has_no_parameters_and_what_comes_after_it_learns() -> None:
-    """02 T-8, 04 X-3: before the cut nothing can learn, and a loss that only reaches there is refused."""
+def test_what_runs_elsewhere_has_no_parameters_and_what_comes_after_it_learns(caplog: pytest.LogCaptureFixture) -> None:
+    """02 T-8, G-26 GRADIENT_BLOCKED, 04 X-3: before the cut nothing can learn, which is said; a loss of that alone is refused."""
     before, after = Linear(init_seed=1), Linear(init_seed=2)
     graph = chain(("before", before), ("far", Far()), ("after", after))
     assert [n for n, _ in graph.named_trainable_parameters()] == ["before:net.weight", "after:net.weight"]
@@ -126,6 +127,7 @@ def test_what_runs_elsewhere_has_no_parameters_and_what_comes_after_it_learns() 
     kept, was = (b.modules["net"].weight.detach().clone() for b in (before, after))
     config = TrainingConfig(optimizer="sgd", lr=0.1, steps=1, loss=LOSS)
     graph.fit([{"inputs": {"x": x}, "targets": {"y": y}}], config)
+    assert ["GRADIENT_BLOCKED" in r.getMessage() and "before" in r.getMessage() for r in caplog.records] == [True]
     h = x @ kept.t()
     torch.testing.assert_close(after.modules["net"].weight.detach(), was - 0.1 * (2 * (h @ was.t()) / 3).t() @ h)
     assert torch.equal(before.modules["net"].weight, kept)

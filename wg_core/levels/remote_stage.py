@@ -16,7 +16,7 @@ from wg_core.execution.drive import Session
 from wg_core.execution.executable_graph import Spec
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.remote import Remote, remote_child
-from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, usage_since
+from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, listen, usage_since
 from wg_core.state.state import State
 
 
@@ -44,6 +44,7 @@ class RemoteStage(Stage):
         world: Any = None,
         action: str | None = None,
         schema: Mapping[str, Any] | None = None,
+        events: bool = False,
         **options: Any,
     ) -> StageResult:
         """As `Stage.step`. A stage that would not run is not asked; only declared blocks are taken over.
@@ -57,6 +58,7 @@ class RemoteStage(Stage):
         wanted = {e["key"] for e in self.remote.get_input_spec()}
         frame = FRAME.get()
         before = {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
+        heard = listen(options) if events else []
         started = time.perf_counter()
         given = {k: v for k, v in offered.items() if k in wanted and v is not None}
         after: Any = self.remote.run(given, **options)["state"]
@@ -74,7 +76,7 @@ class RemoteStage(Stage):
             )
         for block in self.writes:
             state = state.put(block, made.get(block))
-        return StageResult(state, True, "", seconds, usage_since(frame, before))
+        return StageResult(state, True, "", seconds, usage_since(frame, before), events=heard)
 
     def _opened(
         self, inputs: Mapping[Any, Any] | None, options: Mapping[str, Any]

@@ -11,7 +11,7 @@ from typing import Any, cast
 from wg_core.assembly.build import Build, fill_level
 from wg_core.assembly.models import StageEntry
 from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputError, did_you_mean
-from wg_core.execution.context import FRAME, Frame, RunOptions
+from wg_core.execution.context import FRAME, Event, Frame, RunOptions
 from wg_core.execution.drive import Session
 from wg_core.execution.executable_graph import Spec
 from wg_core.levels.graph import Graph
@@ -42,6 +42,7 @@ class StageResult:
     seconds: float = 0.0
     usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, dict[str, float]])
     captured: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    events: Sequence[Event] = ()
 
 
 Condition = Mapping[str, Sequence[str]]
@@ -191,11 +192,13 @@ class Stage(Nested[Pipeline | Remote]):
         world: Any = None,
         action: str | None = None,
         schema: Mapping[str, Any] | None = None,
+        events: bool = False,
         **options: Any,
     ) -> StageResult:
         """Run on `state` if the contract says so, else hand it on unchanged with the reason.
 
-        `world` is a read-only view of the content. Raises: OutputContractError if a declared block stays empty.
+        `world` is a read-only view of the content; with `events` the result has all events of the run. Raises:
+        OutputContractError if a declared block stays empty.
         """
         reason = self.why_not(state)
         if reason:
@@ -203,11 +206,12 @@ class Stage(Nested[Pipeline | Remote]):
         inputs = self._given(state, {"world": world, "action": action, "schema": schema})
         frame = FRAME.get()
         before = {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
+        heard = listen(options) if events else []
         started = time.perf_counter()
         outputs = super().run(inputs, **options)
         seconds = time.perf_counter() - started
         captured = {key: outputs[key] for key in options.get("capture", ())}
-        return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before), captured)
+        return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before), captured, heard)
 
     def _given(self, state: State, sources: Mapping[str, Any]) -> dict[str, Any]:
         """What the pipelines are given."""
@@ -373,6 +377,13 @@ def _entry(key: str, type_name: str, required: bool) -> Spec:
         "key": key, "name": key, "node_id": "", "port_name": key, "bindings": [], "types": [type_name], "required": required,
         "optional": not required, "aggregation": "single", "streamable": False, "schema": None, "doc": "",
     }  # fmt: skip
+
+
+def listen(options: dict[str, Any]) -> list[Event]:
+    """The list that all events of a run with these options come to."""
+    heard: list[Event] = []
+    options["callbacks"] = (*options.get("callbacks", ()), heard.append)
+    return heard
 
 
 def usage_since(frame: Frame | None, before: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -59,7 +59,9 @@ class Trained:
         """Run as for a loss: outputs and captured values by key, and nothing is kept."""
 
     @abstractmethod
-    def validate(self, strict: bool = True, *, deep: bool = False) -> ValidationResult:
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
         """Check without running."""
 
     # ---- selection ---------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ class Trained:
 
         for i, path in enumerate(config.trainable):
             self.set_trainable(path, freeze_others=config.freeze_others and i == 0)
-        for issue in self.validate().warnings:
+        for issue in self.validate(for_training=True).warnings:
             if issue.code == "GRADIENT_BLOCKED":
                 _log.warning("%s", issue)
         return fit(
