@@ -135,6 +135,6 @@ def test_the_published_model_finds_an_entry_without_a_shared_word() -> None:
     places = [{"id": f"e{i}", "description": event} for i, event in enumerate(events)]
     view = WorldContent.from_seed({"places": places}).view()
     block = Context(search={"block_type": "embedding/minilm"})
-    for query, wanted in (("shipwreck", "e0"), ("marriage", "e1"), ("food costs more", "e2")):
+    for query, wanted in (("shipwreck", "e0"), ("marriage", "e1"), ("expensive wheat", "e2")):
         assert block.run({"world": view, "query": query})["items"][0]["source"] == f"place:{wanted}"
         assert view.search(query) == []

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 PACKAGE = '''
 from wg_core import Block, Port
 from wg_core.assembly.roles import register_role
@@ -102,6 +104,7 @@ print("whole")
 """
 
 
+@pytest.mark.slow
 def test_a_package_brings_role_block_and_rule(tmp_path: Path) -> None:
     """01 A-17, T-4, F-47: built, wired, written, trained and saved through its entry point alone."""
     source = tmp_path / "source"
