@@ -65,7 +65,10 @@ class Evaluation(dg.Config):
 
 
 def training_assets(file: WorldFile, root: Path) -> list[dg.AssetsDefinition]:
-    """The assets of training on a world: `[world, training_examples]`, then `[world, lora, adapter | evaluation | world]`."""
+    """The assets of training on a world: `[world, training_examples]`, then `[world, lora, adapter | evaluation | world]`.
+
+    They have a group of their own, so that "Materialize all" of the world is a step and trains nothing.
+    """
     keys = {name: dg.AssetKey([file.world_id, "lora", name]) for name in ("adapter", "evaluation", "world")}
     examples_key = dg.AssetKey([file.world_id, "training_examples"])
     return [
@@ -82,7 +85,7 @@ def _examples(file: WorldFile, root: Path, key: dg.AssetKey) -> dg.AssetsDefinit
     specs = [dg.AssetCheckSpec(name, asset=key, blocking=True, description=says) for name, says in SAYS.items()]
 
     @dg.asset(
-        key=key, group_name=file.world_id, check_specs=specs, code_version=file.code_version, kinds={"pandas"},
+        key=key, group_name=f"{file.world_id}__training", check_specs=specs, code_version=file.code_version, kinds={"pandas"},
         description=f"What a LoRA world of {file.title} learns from, as one checked table, split by steps.",
     )  # fmt: skip
     def training_examples(context: dg.AssetExecutionContext, config: Training):
@@ -121,7 +124,7 @@ def _examples(file: WorldFile, root: Path, key: dg.AssetKey) -> dg.AssetsDefinit
 
 def _adapter(file: WorldFile, root: Path, key: dg.AssetKey, examples_key: dg.AssetKey) -> dg.AssetsDefinition:
     @dg.asset(
-        key=key, group_name=file.world_id, ins={"examples": dg.AssetIn(key=examples_key)}, code_version=file.code_version,
+        key=key, group_name=f"{file.world_id}__training", ins={"examples": dg.AssetIn(key=examples_key)}, code_version=file.code_version,
         kinds={"torch", "mlflow"},
         description=f"The adapters of a LoRA world of {file.title}, in PEFT's layout, trained in a process of its own.",
     )  # fmt: skip
@@ -178,7 +181,7 @@ def _evaluation(file: WorldFile, root: Path, key: dg.AssetKey, adapter_key: dg.A
     )  # fmt: skip
 
     @dg.asset(
-        key=key, group_name=file.world_id, ins={"adapter": dg.AssetIn(key=adapter_key)}, check_specs=[check],
+        key=key, group_name=f"{file.world_id}__training", ins={"adapter": dg.AssetIn(key=adapter_key)}, check_specs=[check],
         code_version=file.code_version,
         description=f"A LoRA world of {file.title} beside its base: held-out loss, valid structures, diversity, equal seeds.",
     )  # fmt: skip
@@ -215,7 +218,7 @@ def _evaluation(file: WorldFile, root: Path, key: dg.AssetKey, adapter_key: dg.A
 
 def _world(file: WorldFile, root: Path, key: dg.AssetKey, evaluation_key: dg.AssetKey) -> dg.AssetsDefinition:
     @dg.asset(
-        key=key, group_name=file.world_id, ins={"evaluation": dg.AssetIn(key=evaluation_key)}, code_version=file.code_version,
+        key=key, group_name=f"{file.world_id}__training", ins={"evaluation": dg.AssetIn(key=evaluation_key)}, code_version=file.code_version,
         description=f"The file of a LoRA world of {file.title}; after 'Reload definitions' it is a world on this page.",
     )  # fmt: skip
     def world(context: dg.AssetExecutionContext, evaluation: dict[str, Any], tracker: MlflowTracker):

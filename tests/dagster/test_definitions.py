@@ -76,7 +76,7 @@ def test_assets_of_a_world(project: Project) -> None:
         for name, before in zip(names[1:], names[:-1], strict=True):
             assert [d.asset_key.path for d in specs[name].deps] == [["tide", *before.split("/")]]
     for name, spec in specs.items():
-        assert spec.group_name == "tide" and spec.code_version
+        assert spec.group_name == ("tide" if name in steps else "tide__training") and spec.code_version
         assert isinstance(spec.partitions_def, dg.DynamicPartitionsDefinition) == (name in steps)
 
 

@@ -195,6 +195,7 @@ def test_5_a_person_makes_a_step_and_sees_story_and_picture(page: Page) -> None:
         tab.set_default_timeout(30_000)
         tab.goto(f"{page.url}/locations/wg/asset-groups/tide")
         tab.get_by_text("Materialize all").first.click()
+        tab.get_by_text("materialize 7 assets").first.wait_for()  # a step, and no training
         tab.get_by_role("button", name="Missing", exact=True).click()
         tab.get_by_text("1 partition", exact=True).first.wait_for()
         tab.screenshot(path=shots / "1-launch.png")

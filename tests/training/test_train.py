@@ -183,13 +183,20 @@ def test_a_killed_training_goes_on_to_equal_weights(at_home: Tiny, calm: dict[st
         assert torch.equal(tensor, weights(Path(calm["adapters"]))[name]), name
 
 
+def hears_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_an_interrupt_keeps_what_was_learned(at_home: Tiny) -> None:
     """Ctrl-C ends with the command that goes on."""
     command = [sys.executable, "-m", "wg_defs.cli", "train", "tide", "--name", "paused", *QUICK[:-4], "--samples", "0"]
     command[command.index("--steps") + 1] = "200"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
+    )
     state = training_folder("tide", "paused") / "training_state" / "state.json"
     until = time.monotonic() + 240
     while not state.is_file() and process.poll() is None and time.monotonic() < until:
