@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wg_blocks.store import ModelStore
+from wg_blocks.published import Published
 from wg_core import Port
-from wg_core.errors import ConfigError, MissingExtraError, MissingModelError, PortValueError
-from wg_core.weights.module import ModuleBlock
+from wg_core.errors import ConfigError, MissingExtraError, PortValueError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 BATCH = 32
 
 
-class SentenceEmbedding(ModuleBlock):
+class SentenceEmbedding(Published):
     """A vector of length 1 for a text (float32 [D]), or for each text of a list ([N,D]); near texts have near vectors.
 
     `checkpoint_ref` is a name of the model store, a ref or a folder with a BERT encoder; it loads at the first call. A
@@ -36,32 +34,7 @@ class SentenceEmbedding(ModuleBlock):
             raise ConfigError(f"embedding/minilm: max_tokens is 3 to 512, not {max_tokens!r}")
         self.checkpoint_ref = checkpoint_ref
         self.max_tokens = max_tokens
-        self._read_weights = True
         self._tokenizer: Any = None
-        self._sha256: str | None = None
-
-    def folder(self) -> Path:
-        """Where the model lies. Raises: MissingModelError with the command that fetches it."""
-        path = Path(self.checkpoint_ref)
-        return path if path.is_dir() else ModelStore().path(self.checkpoint_ref)
-
-    def weight_hash(self) -> str | None:
-        """Sha256 of the published weight file, or of the weights once they were changed; None while it is not there."""
-        if self.weights_changed():
-            return super().weight_hash()
-        if self._sha256 is None:
-            path = Path(self.checkpoint_ref)
-            store, ref = (ModelStore(path.parent), f"file:{path.name}") if path.is_dir() else (ModelStore(), None)
-            try:
-                self._sha256 = str(store.info(ref or self.checkpoint_ref)["sha256"])
-            except MissingModelError:
-                return None
-        return self._sha256
-
-    def build(self, *, read_reference: bool = True) -> None:
-        with self._lock:
-            self._read_weights = read_reference
-            super().build(read_reference=False)  # the encoder is read as it is made
 
     def build_modules(self) -> Mapping[str, nn.Module]:
         try:

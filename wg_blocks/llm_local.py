@@ -18,7 +18,7 @@ from wg_blocks.decoding import EMIT_EVERY, PrefixCache, Vocabulary, Writer, deco
 from wg_blocks.int8 import packed_bytes, to_int8
 from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import LLM_PORTS, Message, Settings, answers_in_pieces, pack, with_context
-from wg_blocks.store import ModelStore
+from wg_blocks.published import Published
 from wg_core import current_context
 from wg_core.errors import (
     AdapterError,
@@ -30,7 +30,6 @@ from wg_core.errors import (
 )
 from wg_core.execution.context import derive_seed, drained
 from wg_core.weights.lora import per_row, working_on
-from wg_core.weights.module import ModuleBlock
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -127,7 +126,7 @@ class _Wanted:
     tell: Callable[[Writer], None]
 
 
-class CausalLM(ModuleBlock):
+class CausalLM(Published):
     """A local causal language model: `modules["lm"]`, and the tokenizer that belongs to it.
 
     `checkpoint_ref` is a name of the model store, a ref (`hf:`, `file:`, ...) or a folder; weights load at the first
@@ -155,9 +154,7 @@ class CausalLM(ModuleBlock):
         self.dtype = dtype
         self.weights = weights
         self._prefixes = PrefixCache()
-        self._read_weights = True
         self._files: dict[str, Tensor] = {}
-        self._sha256: str | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -167,32 +164,6 @@ class CausalLM(ModuleBlock):
         self._counter: Any = None
 
     # ---- weights
-
-    def folder(self) -> Path:
-        """Where the weights lie. Raises: MissingModelError with the command that fetches them."""
-        path = Path(self.checkpoint_ref)
-        return path if path.is_dir() else ModelStore().path(self.checkpoint_ref)
-
-    def weight_hash(self) -> str | None:
-        """Sha256 of the weight file as it was published, or of the weights as they are once they were changed.
-
-        None while the model is not there.
-        """
-        if self.weights_changed():
-            return super().weight_hash()
-        if self._sha256 is None:
-            path = Path(self.checkpoint_ref)
-            store, ref = (ModelStore(path.parent), f"file:{path.name}") if path.is_dir() else (ModelStore(), None)
-            try:
-                self._sha256 = str(store.info(ref or self.checkpoint_ref)["sha256"])
-            except MissingModelError:
-                return None
-        return self._sha256
-
-    def build(self, *, read_reference: bool = True) -> None:
-        with self._lock:
-            self._read_weights = read_reference
-            super().build(read_reference=False)  # a model is read as it is made
 
     def build_modules(self) -> Mapping[str, nn.Module]:
         with self._source() as folder:
