@@ -92,7 +92,7 @@ def test_one_model_answers_in_all_runs_of_a_dagster_process(folder: Path, tmp_pa
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.ephemeral(str(tmp_path / "dagster")) as instance:
         for name in ("one", "two"):
-            done = evolve(name, 2, folders=[worlds], root=tmp_path, instance=instance, mlflow=False)
+            done = evolve(name, 2, seed=1, folders=[worlds], root=tmp_path, instance=instance, mlflow=False)
             assert [e.ok for e in done] == [True, True], done
         assert len({run.run_id for run in instance.get_runs()}) == 4
     assert len(Counted.loads) == 1 and len(Counted.answered) == 20 and len(set(Counted.answered)) == 1
