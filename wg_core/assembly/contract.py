@@ -47,7 +47,7 @@ def _port(entry: Spec) -> PortEntry:
 
 def _json(value: Any) -> Any:
     try:
-        return plain(value, "value")
+        return plain(value, "value", ordered=True)
     except ConfigError:
         return kind_of(value)  # a default that no file can hold: its kind is what a caller may know
 

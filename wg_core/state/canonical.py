@@ -71,16 +71,17 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def plain(value: Any, path: str) -> Any:
+def plain(value: Any, path: str, *, ordered: bool = False) -> Any:
     """A deep copy of `value`, which must be plain JSON: text, numbers, booleans, null, lists and string-keyed dicts.
 
-    Tuples become lists; subclasses of the JSON types become the plain type. `path` names the place in errors.
-    Raises: ConfigError.
+    Tuples become lists; subclasses of the JSON types become the plain type. Keys are sorted as in `canonical_json`, so
+    that a value that was stored and read reads like one that was not; `ordered` keeps the order that was given.
+    `path` names the place in errors. Raises: ConfigError.
     """
-    return _plain(value, path, 0)
+    return _plain(value, path, 0, ordered)
 
 
-def _plain(value: Any, path: str, depth: int) -> Any:
+def _plain(value: Any, path: str, depth: int, ordered: bool) -> Any:
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -103,14 +104,16 @@ def _plain(value: Any, path: str, depth: int) -> Any:
         raise ConfigError(f"{path}: nested deeper than {MAX_DEPTH} levels (or a list or dict that holds itself)")
     if isinstance(value, dict):
         result: dict[str, Any] = {}
-        for key, item in cast("dict[Any, Any]", value).items():
+        given = cast("dict[Any, Any]", value)
+        for key in given:
             if not isinstance(key, str):
                 raise ConfigError(f"{path}: the key {key!r} is {type(key).__name__}; JSON keys are text")
-            result[_plain(key, path, depth)] = _plain(item, f"{path}.{key}", depth + 1)
+        for key in given if ordered else sorted(given):
+            result[_plain(key, path, depth, ordered)] = _plain(given[key], f"{path}.{key}", depth + 1, ordered)
         return result
     if isinstance(value, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", value)
-        return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(items)]
+        return [_plain(item, f"{path}[{i}]", depth + 1, ordered) for i, item in enumerate(items)]
     raise ConfigError(
         f"{path}: {type(value).__module__}.{type(value).__qualname__} is not plain JSON; "
         "keep bytes and tensors in the blob store and hand on their id, and turn other objects into dicts"

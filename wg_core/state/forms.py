@@ -179,7 +179,7 @@ class StateSchema:
             name = block_name(block)
             if name == "artifacts":
                 raise ConfigError("state_schema.artifacts: a new modality is a new slot and needs no declaration")
-            declared = cast("dict[str, Any]", plain(dict(fields), f"state_schema.{name}"))
+            declared = cast("dict[str, Any]", plain(dict(fields), f"state_schema.{name}", ordered=True))
             for field, schema in declared.items():
                 path = f"state_schema.{name}.{field}"
                 if field in FORMS[name].model_fields:
@@ -205,7 +205,7 @@ class StateSchema:
         name = block_name(block)
         schema = FORMS[name].model_json_schema()
         if name in self.extra:
-            schema["properties"] = {**schema.get("properties", {}), **plain(self.extra[name], name)}
+            schema["properties"] = {**schema.get("properties", {}), **plain(self.extra[name], name, ordered=True)}
         return schema
 
     def check(self, block: int | str, value: Any) -> Any:
