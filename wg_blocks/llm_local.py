@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +119,9 @@ class _Asked:
 
 @dataclass(slots=True)
 class _Wanted:
-    """An answer that one call of a batch wants written: with which adapters, and the key of what is kept of prompts."""
+    """Answers that one call of a batch wants written: with which adapters, and the key of what is kept of prompts."""
 
-    writer: Writer
+    writers: Sequence[Writer]
     key: Any
     adapters: tuple[Any, ...]
     tell: Callable[[Writer], None]
@@ -233,25 +234,39 @@ class CausalLM(Published):
 
     def stream_forward(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
         """Pieces of the text come for one prompt without a schema; several prompts are decoded as one padded batch."""
-        return answers_in_pieces(inputs, self.checkpoint_ref, self._complete, together=self._complete_all)
+        return answers_in_pieces(inputs, self.checkpoint_ref, self._complete, together=self._completed)
 
     def batch_forward(self, inputs: dict[str, Any]) -> Generator[Any, Any, dict[str, Any]]:
         """Answers of several calls are decoded as one padded batch, each with the adapters and the seed of its call."""
-        return answers_in_pieces(inputs, self.checkpoint_ref, partial(self._complete, joined=True))
+        one, several = (partial(how, joined=True) for how in (self._complete, self._completed))
+        return answers_in_pieces(inputs, self.checkpoint_ref, one, together=several)
 
-    def answer_batch(self, requests: Sequence[_Wanted]) -> list[int]:
+    def answer_batch(self, requests: Sequence[_Wanted]) -> list[list[int] | Exception]:
+        """For each request how much of its prompts was known already, or what stopped its run alone."""
         prefixes = None if self.training else self._prefixes
-        tells = {id(r.writer): r.tell for r in requests}
-        if len(requests) > 1 and self.weights is None:
-            writers, keys, adapters = zip(*((r.writer, r.key, r.adapters) for r in requests), strict=True)
-            known = decode_batch(self.module, writers, prefixes, keys, lambda w: tells[id(w)](w), adapters)
-            if known is not None:
-                return known
-        known = []
-        for r in requests:
-            with per_row([r.adapters]):
-                known.append(drained(decode(self.module, r.writer, prefixes, r.key, r.tell)))
-        return known
+        rows = [(writer, r) for r in requests for writer in r.writers]
+        owners = {id(writer): r for writer, r in rows}
+        stopped: dict[int, Exception] = {}
+
+        def tell(writer: Writer) -> None:
+            try:
+                owners[id(writer)].tell(writer)
+            except Exception as error:  # of this run; the others are written to their ends
+                stopped[id(owners[id(writer)])] = error
+                writer.ended = True
+
+        known: list[int] | None = None
+        if len(rows) > 1 and self.weights is None:
+            writers, keys, adapters = zip(*((writer, r.key, r.adapters) for writer, r in rows), strict=True)
+            known = decode_batch(self.module, writers, prefixes, keys, tell, adapters)
+        if known is None:
+            known = []
+            for writer, r in rows:
+                with per_row([r.adapters]):
+                    known.append(drained(decode(self.module, writer, prefixes, r.key, tell)))
+        each = iter(known)
+        answers = [list(islice(each, len(r.writers))) for r in requests]
+        return [stopped.get(id(r), answer) for r, answer in zip(requests, answers, strict=True)]
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, counted by this model's own tokenizer; loads no weights."""
@@ -285,16 +300,6 @@ class CausalLM(Published):
     ) -> Generator[dict[str, Any], Any, dict[str, Any]]:
         (answer,) = yield from self._completed([chat], items, schema, settings, [seed], joined)
         return answer
-
-    def _complete_all(
-        self,
-        chats: Sequence[Sequence[Message]],
-        items: Sequence[Mapping[str, str]],
-        schema: Any,
-        settings: Settings,
-        seeds: Sequence[int],
-    ) -> list[dict[str, Any]]:
-        return drained(self._completed(chats, items, schema, settings, seeds))
 
     def _completed(
         self,
@@ -466,10 +471,9 @@ class CausalLM(Published):
     def _write(self, writers: Sequence[Writer], *, pieces: bool, joined: bool = False) -> Generator[Any, Any, list[int]]:
         """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already.
 
-        With `joined` it is left to others: a request for each is yielded.
+        With `joined` it is left to others: a request for all of them is yielded.
         """
-        context, model = current_context(), self.module
-        prefixes = None if self.training else self._prefixes
+        context = current_context()
         adapters = working_on(self)
         at_work = ((a, *(a._built or {}).values(), a._versions()) for a in adapters)
         key = (self.model_revision, self._versions(), *at_work)
@@ -478,26 +482,22 @@ class CausalLM(Published):
             text = writer.vocabulary.text(writer.ids[-EMIT_EVERY:])
             context.emit("progress", done=len(writer.ids), total=writer.settings.max_new_tokens, text=text)
 
-        known: list[int] | None = []
+        wanted = _Wanted(writers, key, adapters, tell)
         if joined:
-            for writer in writers:
-                known.append((yield _Wanted(writer, key, adapters, tell)))
+            return (yield wanted)
+        if len(writers) > 1:
+            (known,) = self.answer_batch([wanted])
+            if isinstance(known, Exception):
+                raise known
             return known
-        if len(writers) > 1 and self.weights is None:
-            known = decode_batch(model, writers, prefixes, [key] * len(writers), tell)
-            if known is not None:
-                return known
-        known = []
-        for writer in writers:
-            written = decode(model, writer, prefixes, key, tell)
-            try:
-                while True:
-                    piece = next(written)
-                    if pieces:
-                        yield {"text": piece}
-            except StopIteration as stop:
-                known.append(stop.value)
-        return known
+        written = decode(self.module, writers[0], None if self.training else self._prefixes, key, tell)
+        try:
+            while True:
+                piece = next(written)
+                if pieces:
+                    yield {"text": piece}
+        except StopIteration as stop:
+            return [stop.value]
 
     def _end_ids(self) -> set[int]:
         known = self.module.generation_config.eos_token_id

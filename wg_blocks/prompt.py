@@ -162,7 +162,9 @@ Complete = Callable[[list[Message], list[dict[str, str]], Any, Settings, int], d
 InPieces = Callable[
     [list[Message], list[dict[str, str]], Any, Settings, int], Generator[dict[str, Any], None, dict[str, Any]]
 ]
-Together = Callable[[list[list[Message]], list[dict[str, str]], Any, Settings, list[int]], list[dict[str, Any]]]
+Together = Callable[
+    [list[list[Message]], list[dict[str, str]], Any, Settings, list[int]], Generator[Any, Any, list[dict[str, Any]]]
+]
 
 
 def answers(
@@ -186,7 +188,7 @@ def answers_in_pieces(
 ) -> Generator[dict[str, Any], None, dict[str, Any]]:
     """As `answers`, where `complete` yields pieces (`{output port: piece}`) of its answer on the way.
 
-    `together(chats, context items, schema, settings, seeds)` completes the chats of a batch at once.
+    `together(chats, context items, schema, settings, seeds)` completes the chats of a batch at once, in pieces too.
     """
     settings = Settings.of(inputs.get("params"))
     chats, batch = conversations(inputs)
@@ -202,14 +204,14 @@ def answers_in_pieces(
     seeds = [derive_seed(seed, index) for index in range(len(chats))]
     made: list[dict[str, Any]] = []
 
-    def of_batch(index: int) -> dict[str, Any]:
+    def of_batch(index: int) -> Generator[Any, Any, dict[str, Any]]:
         if not made and together is not None:
-            made.extend(together(chats, items, schema, settings, seeds))
+            made.extend((yield from together(chats, items, schema, settings, seeds)))
         return made[index]
 
     for index, (chat, own) in enumerate(zip(chats, seeds, strict=True)):
         one = partial(complete, chat, items, schema, settings, own)
-        make = partial(whole, partial(of_batch, index)) if together is not None and len(chats) > 1 else one
+        make = partial(of_batch, index) if together is not None and len(chats) > 1 else one
         record = asked(chat, items, schema, settings, own) | dict(more or {})
         got = yield from context.ask_in_pieces(model, record, make)
         usage = tally(usage, got["usage"])

@@ -468,7 +468,7 @@ class Joined(Block):
         self.sizes.append(len(requests))
         if 13 in requests:
             raise ValueError("13 cannot be doubled")
-        return [request * 2 for request in requests]
+        return [KeyError("99 alone") if request == 99 else request * 2 for request in requests]
 
 
 def test_runs_of_a_batch_go_side_by_side_where_a_block_joins_them() -> None:
@@ -482,6 +482,9 @@ def test_runs_of_a_batch_go_side_by_side_where_a_block_joins_them() -> None:
         level.run_batch([{"x": 1}, {"x": 13}])
     assert caught.value.__cause__ is not None
     assert "in items [0, 1] of the batch, which were computed together" in caught.value.__cause__.__notes__
+    with pytest.raises(NodeExecutionError, match="99 alone") as alone:
+        level.run_batch([{"x": 1}, {"x": 99}])
+    assert alone.value.__notes__ == ["in item 1 of the batch"]
     with pytest.raises(MissingInputError) as missing:
         level.run_batch([{"x": 1}, {}])
     assert missing.value.__notes__ == ["in item 1 of the batch"]

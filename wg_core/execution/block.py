@@ -251,7 +251,10 @@ class Block:
         raise NotImplementedError(f"{type(self).__name__}.batch_forward")
 
     def answer_batch(self, requests: Sequence[Any]) -> list[Any]:
-        """The answers to requests of `batch_forward`, in order; what one is must not depend on the others."""
+        """The answers to requests of `batch_forward`, in order; what one is must not depend on the others.
+
+        An exception in the place of an answer is raised in the run that asked, and in no other.
+        """
         raise NotImplementedError(f"{type(self).__name__}.answer_batch")
 
     @property

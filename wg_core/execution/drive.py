@@ -27,6 +27,7 @@ Result = dict[str, Any]
 Session = Generator[tuple[Call, dict[str, Any]], Any, Result]
 Around = Callable[[], AbstractContextManager[Any]]
 Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 _POLL = 0.05  # seconds between two looks at `cancel` while an awaitable is waited for
 
@@ -283,20 +284,22 @@ def _of_block(block: Block, requests: Generator[Any, Any, Result]) -> Generator[
         requests.close()
 
 
-def together(runs: Sequence[Generator[tuple[Block, Any], Any, Result]]) -> list[Result]:
+def together(runs: Sequence[Generator[tuple[Block, Any], Any, Done]]) -> list[Done]:
     """Run `drive_batched` of several sessions side by side, each in a context of its own; results in order.
 
-    Each goes on until it wants something of a block; what they want of one block is computed at once.
+    Each goes on until it wants something of a block; what they want of one block is computed at once. A block that
+    fails at that fails in each of the runs that it was asked by.
     """
     contexts = [copy_context() for _ in runs]
-    results: dict[int, Result] = {}
+    results: dict[int, Done] = {}
     sent: dict[int, Any] = dict.fromkeys(range(len(runs)))
     try:
         while sent:
             asked: dict[int, tuple[list[int], list[Any], Block]] = {}
             for i, answer in sent.items():
+                go_on = runs[i].throw if isinstance(answer, Exception) else runs[i].send
                 try:
-                    block, request = contexts[i].run(runs[i].send, answer)
+                    block, request = contexts[i].run(go_on, answer)
                 except StopIteration as stop:
                     results[i] = stop.value
                 except Exception as error:
@@ -312,8 +315,7 @@ def together(runs: Sequence[Generator[tuple[Block, Any], Any, Result]]) -> list[
                     sent |= zip(rows, block.answer_batch(requests), strict=True)
                 except Exception as error:
                     error.add_note(f"in items {rows} of the batch, which were computed together")
-                    contexts[rows[0]].run(runs[rows[0]].throw, error)
-                    raise
+                    sent |= dict.fromkeys(rows, error)
     finally:
         for context, run in zip(contexts, runs, strict=True):
             context.run(run.close)
