@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from wg_blocks.json_schema import problems
@@ -33,13 +34,14 @@ class LLMAgent(Agent):
     most `result_chars` characters. With `memory: run` every request begins anew.
 
     With `calling: native` tools are offered to the model as its provider has them (`llm/api`), and it may call several
-    at once; with `schema`, the default, any model block with a `schema` port says one call or the answer at a time.
+    at once; of what is over `max_calls` the model is told that it was not run. With `schema`, the default, any model
+    block with a `schema` port says one call or the answer at a time.
 
     `status` says how the request ended: `{ended, calls, tokens, trail}`, where `ended` is `answer`, or `calls` or
     `tokens` if that limit left only the answer, and `trail` lists the calls as `{call_id, tool_id, arguments, error?}`.
 
     Raises: ConfigError for a bad setting, a model block without the ports of a language model, or tools with a model
-    that takes no schema; OutputContractError for an answer that breaks the schema.
+    that takes no schema; OutputContractError for an answer that breaks the schema, or calls where only an answer is due.
     """
 
     ports = (
@@ -85,10 +87,8 @@ class LLMAgent(Agent):
             raise ConfigError(
                 f"agent/llm: {self.llm.name!r} is no language model: it needs an input 'prompt' and an output 'text'"
             )
-        if calling == "native" and ("tools" not in index.inputs or "tool_calls" not in index.outputs):
+        if calling == "native" and (not {"tools", "tool_choice", "tool_errors"} <= set(index.inputs) or "tool_calls" not in index.outputs):
             raise ConfigError(f"agent/llm: {self.llm.name!r} has no native tool calls; leave out calling: native")
-        if calling == "native" and min_calls:
-            raise ConfigError("agent/llm: min_calls needs calling: schema; native calls are up to the model")
         self.calling = calling
         self.system = system
         self.tools = list(tools) if tools is not None else None
@@ -118,13 +118,14 @@ class LLMAgent(Agent):
                 self.reset_session()
             self.calls = self.tokens = 0
             self.trail = []
+            self.messages += self._unanswered()
             self.messages += _request(inputs["context"])
         else:
             self.messages += [self._message(result) for result in results]
-            failed = {result["call_id"]: result["error"] for result in results if "error" in result}
-            for call in self.trail:
-                if call["call_id"] in failed:
-                    call["error"] = str(failed[call["call_id"]])
+            for result in (r for r in results if "error" in r):
+                called = (c for c in reversed(self.trail) if c["call_id"] == result["call_id"])  # ids may come again in later turns
+                for call in islice(called, 1):
+                    call["error"] = str(result["error"])
         self._forget()
         schema = self._schema(inputs.get("schema"))
         asked = self._asked_natively if self.calling == "native" else self._asked
@@ -138,8 +139,10 @@ class LLMAgent(Agent):
 
     def _asked_natively(self, system: str | None, schema: dict[str, Any] | None) -> dict[str, Any]:
         asked: dict[str, Any] = {"prompt": copy.deepcopy(self.messages)}
-        if self.bound and not self._spent():
+        if self.bound:  # also where none may be called: providers refuse a conversation with calls of tools that they are not told
             asked["tools"] = [{"name": t.id, "description": t.description, "parameters": dict(t.parameters)} for t in self.bound]
+            asked["tool_choice"] = "none" if self._spent() else "required" if self.calls < self.min_calls else "auto"
+            asked["tool_errors"] = "result"
         given = {"system": self.head((), system), "schema": schema, "params": copy.deepcopy(self.params)}
         return {**asked, **{k: v for k, v in given.items() if v}}
 
@@ -195,9 +198,7 @@ class LLMAgent(Agent):
         self.tokens += sum(int(used.get(k) or 0) for k in ("prompt_tokens", "completion_tokens"))
         text = str(outputs["text"])
         if self.calling == "native" and outputs.get("tool_calls"):
-            said = [dict(call) for call in outputs["tool_calls"]]
-            self.messages.append({"role": "assistant", "content": text, "tool_calls": said})
-            return self._called([{"call_id": c["id"], "tool_id": c["name"], "arguments": c["arguments"]} for c in said])
+            return self._called_natively(text, [dict(call) for call in outputs["tool_calls"]], limit)
         if schema is None:
             self.messages.append({"role": "assistant", "content": text})
             return {"response": text, "status": self._status(limit)}
@@ -208,6 +209,26 @@ class LLMAgent(Agent):
         if "answer" in said:
             return {"response": said["answer"], "status": self._status(limit)}
         return self._called([{"call_id": f"call_{self.number + 1}", "tool_id": said["tool"], "arguments": said["arguments"]}])
+
+    def _called_natively(self, text: str, said: list[dict[str, Any]], limit: str) -> dict[str, Any]:
+        """The calls that are within the limit; of the others the model is told that they were not run."""
+        if limit:
+            raise OutputContractError(
+                f"{self.name}: the limit of {limit} is reached and the model may only answer, but it calls "
+                f"{', '.join(call['name'] for call in said)}; raise max_{limit}, or take a server that knows tool_choice: none"
+            )
+        self.messages.append({"role": "assistant", "content": text, "tool_calls": said})
+        calls: list[dict[str, Any]] = []
+        for call in said:
+            read = {"call_id": call["id"], "tool_id": call["name"], "arguments": call["arguments"]}
+            if len(calls) + self.calls < self.max_calls:
+                wrong = "error" in call and not isinstance(call["arguments"], Mapping)  # else the engine's own check counts
+                calls.append({**read, "error": call["error"]} if wrong else read)
+                continue
+            read["error"] = f"not run: at most {self.max_calls} calls answer one request"
+            self.messages.append(self._message(read))
+            self.trail.append(read)
+        return self._called(calls)
 
     def _called(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
         self.calls += len(calls)
@@ -227,8 +248,17 @@ class LLMAgent(Agent):
     def _message(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """A tool's result as a message."""
         if self.calling == "native":
-            return {"role": "tool", "tool_call_id": result["call_id"], "content": self._told(result)}
+            told = {"role": "tool", "tool_call_id": result["call_id"], "content": self._told(result)}
+            return {**told, "is_error": True} if "error" in result else told
         return {"role": "tool", "content": self._told(result)}
+
+    def _unanswered(self) -> list[dict[str, Any]]:
+        """Results for calls of a run that ended before it gave any; providers refuse a conversation with open calls."""
+        at = max((i for i, m in enumerate(self.messages) if m.get("tool_calls")), default=len(self.messages))
+        given = {m.get("tool_call_id") for m in self.messages[at + 1 :]}
+        calls = [c for m in self.messages[at : at + 1] for c in m["tool_calls"] if c["id"] not in given]
+        ended = {"error": "the run ended before it gave a result"}
+        return [self._message({"call_id": c["id"], "tool_id": c["name"], **ended}) for c in calls]
 
     def _told(self, result: Mapping[str, Any]) -> str:
         name = f"{result['tool_id']} ({result['call_id']})"
@@ -252,6 +282,8 @@ class LLMAgent(Agent):
             end = at + 1
             while self.messages[at].get("tool_calls") and end < len(self.messages) and self.messages[end]["role"] == "tool":
                 end += 1  # calls go with their results; providers refuse the one without the other
+            while at == 0 and end < request and self.messages[end]["role"] != "user":
+                end += 1  # nor do all of them take a conversation that the user does not begin
             if end >= len(self.messages):
                 break
             del self.messages[at:end]
@@ -287,7 +319,7 @@ def _request(context: Any) -> list[dict[str, Any]]:
     if isinstance(context, Sequence) and not isinstance(context, str) and context:
         chat = [dict(m) for m in context if isinstance(m, Mapping) and {"role", "content"} <= set(m)]
         if len(chat) == len(context) and all(m["role"] in _ROLES and isinstance(m["content"], str) for m in chat):
-            return [{"role": m["role"], "content": m["content"]} for m in chat]
+            return [{"role": "user" if m["role"] == "tool" else m["role"], "content": m["content"]} for m in chat]
     if isinstance(context, str):
         text = context
     else:

@@ -40,7 +40,7 @@ LLM_PORTS = (
 
 Message = dict[str, Any]
 
-_MESSAGE = ("role", "content", "tool_calls", "tool_call_id")  # the last two where tools were called
+_MESSAGE = ("role", "content", "tool_calls", "tool_call_id", "is_error")  # the last three where tools were called
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+from wires import refusal
 
 from wg_blocks.api.sound import to_wav
 from wg_blocks.llm_fake import invent
@@ -52,7 +53,10 @@ def deltas(text: str, finish: str | None = "stop", *more: dict[str, Any]) -> lis
 
 
 class ApiServer(ThreadingHTTPServer):
-    """`replies` are given first, in turn; then good answers. `seen` holds `(path, headers, body)` of all requests."""
+    """`replies` are given first, in turn; then good answers. `seen` holds `(path, headers, body)` of all requests.
+
+    A conversation that a provider would refuse for its tool calls is refused, and takes no reply.
+    """
 
     daemon_threads = True
 
@@ -91,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-            reply = server.replies.popleft() if server.replies else None
+            refused = refusal(self.path, body)
+            reply = refused or (server.replies.popleft() if server.replies else None)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:

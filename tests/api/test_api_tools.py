@@ -56,7 +56,7 @@ def test_tools_are_offered_and_parallel_calls_come_with_their_ids(api: Callable[
         (calls(("c1", "read_entity", "[1]")), "arguments of read_entity: they are no object"),
         (calls(("c1", "read_entity", '{"id": 7}')), "7 is not of type 'string'"),
         (calls(("c1", "read_entty", "{}")), "no tool 'read_entty'; did you mean 'read_entity'"),
-        (calls(("c1", "wait", "{}"), ("c1", "wait", "{}")), "no id of its own"),
+        (calls(("c1", "read_entity", '{"id": NaN}')), "NaN is no JSON number"),
     ],
 )
 def test_calls_that_are_none(reply: dict[str, Any], says: str, api: Callable[..., Block], server: ApiServer) -> None:
@@ -67,6 +67,37 @@ def test_calls_that_are_none(reply: dict[str, Any], says: str, api: Callable[...
     server.replies.append(reply)
     with pytest.raises(OutputContractError, match=says):
         api().run({"prompt": "x", "tools": TOOLS, "params": {"max_repairs": 0}})
+
+
+def test_calls_that_are_none_are_handed_on_where_that_is_asked_for(api: Callable[..., Block], server: ApiServer) -> None:
+    """02 G-49: with `tool_errors: result` each call comes with what is wrong with it, and the others stay good."""
+    server.replies.append(calls(("c1", "read_entity", '{"id": "ma'), ("c2", "a b/c", "[1]"), ("c3", "wait", "")))
+    broken, unknown, good = api().run({"prompt": "x", "tools": TOOLS, "tool_errors": "result"})["tool_calls"]
+    assert broken["arguments"] == '{"id": "ma' and "no JSON" in broken["error"]
+    assert (unknown["name"], unknown["arguments"]) == ("a_b_c", "[1]") and "no tool 'a b/c'" in unknown["error"]
+    assert good == {"id": "c3", "name": "wait", "arguments": {}} and len(server.seen) == 1
+    server.replies.append({"json": {**calls(("c1", "wait", "{")) ["json"]}})
+    server.replies[0]["json"]["choices"][0]["finish_reason"] = "length"
+    (cut,) = api().run({"prompt": "x", "tools": TOOLS, "tool_errors": "result"})["tool_calls"]
+    assert "no JSON" in cut["error"] and "broke off at the limit of tokens" in cut["error"]
+
+
+def test_calls_without_an_id_of_their_own_are_given_one(api: Callable[..., Block], server: ApiServer) -> None:
+    """01 F-41: some servers give none, or one for all; results are told by id."""
+    server.replies.append(calls(*((i, "wait", "{}") for i in ("c", "c", "", "call_1"))))
+    ids = [call["id"] for call in api().run({"prompt": "x", "tools": TOOLS})["tool_calls"]]
+    assert ids[0] == "c" and ids[3] == "call_1" and len(set(ids)) == 4 and all(ids)
+
+
+def test_whether_tools_may_be_called_is_told(api: Callable[..., Block], server: ApiServer) -> None:
+    """01 T-17: `tool_choice`; a word that is none is refused before anything is sent."""
+    for choice in ("auto", "none", "required"):
+        api().run({"prompt": "x", "tools": TOOLS, "tool_choice": choice})
+    assert [body.get("tool_choice") for _, _, body in server.seen] == [None, "none", "required"]
+    for port in ("tool_choice", "tool_errors"):
+        with pytest.raises(PortValueError, match=port):
+            api().run({"prompt": "x", "tools": TOOLS, port: "perhaps"})
+    assert len(server.seen) == 3
 
 
 def test_a_call_that_nobody_can_read(api: Callable[..., Block], server: ApiServer) -> None:

@@ -134,11 +134,13 @@ def _body(chat: Chat) -> tuple[dict[str, Any], bool]:
         role, parts = message["role"], list[dict[str, Any]]()
         if role == "tool":
             role = "user"
-            parts.append({"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": message["content"]})
+            told = {"tool_use_id": message["tool_call_id"], "content": message["content"]}
+            parts.append({"type": "tool_result", **told, **({"is_error": True} if message.get("is_error") else {})})
         elif message["content"]:
             parts.append({"type": "text", "text": message["content"]})
         for call in message.get("tool_calls") or ():
-            parts.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": call["arguments"]})
+            given = call["arguments"] if isinstance(call["arguments"], Mapping) else {}  # this wire takes objects alone
+            parts.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": given})
         if i == last:
             parts += [_image(png) for png in chat.images]
         if messages and messages[-1]["role"] == role:
@@ -159,8 +161,11 @@ def _body(chat: Chat) -> tuple[dict[str, Any], bool]:
         if chat.form["strict"]:
             tool |= {"input_schema": anthropic.transform_schema(schema), "strict": True}
         tools.append(tool)
-        choice = {"type": "any"} if chat.tools else {"type": "tool", "name": ANSWER, "disable_parallel_tool_use": True}
+        may_call = chat.tools and chat.tool_choice != "none"
+        choice = {"type": "any"} if may_call else {"type": "tool", "name": ANSWER, "disable_parallel_tool_use": True}
         body["tool_choice"] = choice
+    elif tools and chat.tool_choice != "auto":
+        body["tool_choice"] = {"type": "any" if chat.tool_choice == "required" else "none"}
     if tools:
         body["tools"] = tools
     return body, wrapped

@@ -200,6 +200,11 @@ def clean(value: Any) -> Any:
     return value
 
 
+def no_number(name: str) -> None:
+    """For `json.loads`: NaN and the infinities are no JSON. Raises: ValueError."""
+    raise ValueError(f"{name} is no JSON number")
+
+
 def estimate(text: str) -> int:
     """Tokens of a text, where the model's tokenizer is elsewhere: four for three words, one for four characters."""
     return max(-(-len(text.split()) * 4 // 3), -(-len(text) // 4))

@@ -60,7 +60,7 @@ class Fake:
         if self._writer.script and text.startswith('{"fault":'):
             raise _FAULTS[json.loads(text)["fault"]]()
         words = sum(len(m["content"].split()) for m in messages)
-        if self._writer.script and chat.tools and text.startswith('{"tool_calls":'):
+        if self._writer.script and chat.tools and chat.tool_choice != "none" and text.startswith('{"tool_calls":'):
             calls = json.loads(text)["tool_calls"]
             named = [ToolCall(f"call_{i}", c["name"], json.dumps(c["arguments"])) for i, c in enumerate(calls)]
             return Text("", True, words, len(text.split()), tuple(named))

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
-from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, ChatConfig, clean, estimate, sha
+from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, ChatConfig, clean, estimate, no_number, sha
 from wg_blocks.api.providers import Chat, Provider, Tell, Text, ToolCall
 from wg_blocks.api.strict import strict_form, without_nulls
-from wg_blocks.api.tool_calls import TOOL_PORTS, checked_tools, read_calls
+from wg_blocks.api.tool_calls import CHOICES, ERRORS, TOOL_PORTS, checked_tools, one_of, read_calls
 from wg_blocks.json_schema import problems
 from wg_blocks.prompt import (
     LLM_PORTS,
@@ -66,10 +66,17 @@ class ApiChat(ApiBlock):
         """
         params = dict(inputs.get("params") or {})
         tools = checked_tools(inputs.get("tools") or (), self.name)
+        choice = one_of(inputs.get("tool_choice"), CHOICES, f"{self.name}: tool_choice")
+        told = one_of(inputs.get("tool_errors"), ERRORS, f"{self.name}: tool_errors")
         alone = conversations(inputs)[1] is False and inputs.get("schema") is None and not tools
-        complete = partial(self._complete, params=params, images=images, tools=tools, stream=stream and alone)
+        complete = partial(
+            self._complete, params=params, images=images, tools=tools, choice=choice, tell=told == "result",
+            stream=stream and alone,
+        )  # fmt: skip
         more: dict[str, Any] = {"images": [sha(i) for i in images]} if images else {}
-        return answers_in_pieces(inputs, self.model, complete, more={**more, **({"tools": tools} if tools else {})})
+        more |= {"tools": tools} if tools else {}
+        more |= {name: inputs[name] for name in ("tool_choice", "tool_errors") if inputs.get(name) and tools}
+        return answers_in_pieces(inputs, self.model, complete, more=more)
 
     def estimate_tokens(self, text: str) -> tuple[int, str]:
         """Tokens of a text, and how they were counted: by words, as the model's tokenizer is elsewhere."""
@@ -86,6 +93,8 @@ class ApiChat(ApiBlock):
         params: Mapping[str, Any],
         images: Sequence[bytes],
         tools: Sequence[Mapping[str, Any]],
+        choice: str,
+        tell: bool,
         stream: bool,
     ) -> Generator[dict[str, Any], None, dict[str, Any]]:
         lines = pack(items, settings.context_tokens, estimate)
@@ -102,7 +111,7 @@ class ApiChat(ApiBlock):
         for attempt in range(tried):
             room = settings.max_new_tokens * (2 + attempt) // 2
             sent = self._settings(settings, params, room, derive_seed(seed, attempt) % _SEEDS)
-            asking = Chat(self.api.model_id, again, sent, seed, form, images, self.api.extra_body, tools)
+            asking = Chat(self.api.model_id, again, sent, seed, form, images, self.api.extra_body, tools, choice)
             answer, counts = yield from _as_text(
                 self.ask(_request(asking, schema), partial(_ask, asking), stream=stream)
             )
@@ -111,7 +120,10 @@ class ApiChat(ApiBlock):
             kept = {"messages": [dict(m) for m in messages], "usage": usage}
             if answer.tool_calls:
                 calls, wrong = read_calls(answer.tool_calls, tools)
-                if not wrong:
+                if wrong and not answer.ended:
+                    wrong.append("the answer broke off at the limit of tokens")
+                    calls = [c | ({"error": f"{c['error']}; {wrong[-1]}"} if "error" in c else {}) for c in calls]
+                if not wrong or tell:
                     return {"answer": written.strip(), "tool_calls": calls, **kept}
                 written = written or json.dumps([asdict(c) for c in answer.tool_calls], ensure_ascii=False)
             elif schema is None:
@@ -175,7 +187,7 @@ class ApiLLM(ApiChat):
 def _request(asking: Chat, schema: Any) -> Asking[Text]:
     """A chat as one request."""
     shown = {"messages": [dict(m) for m in asking.messages], "schema": schema, "settings": asking.settings}
-    shown |= {"tools": list(asking.tools)} if asking.tools else {}
+    shown |= {"tools": list(asking.tools), "tool_choice": asking.tool_choice} if asking.tools else {}
     offered = json.dumps([asking.form, list(asking.tools)]) if asking.form or asking.tools else ""
     return Asking(
         request={**shown, "seed": asking.seed, "form": asking.form, "images": [sha(i) for i in asking.images]},
@@ -213,7 +225,7 @@ def _read(text: str, schema: Mapping[str, Any], wrapped: bool, ended: bool) -> t
         return None, ["it broke off at the limit of tokens"]
     fenced = _FENCE.fullmatch(text)
     try:
-        value = clean(json.loads(fenced[1] if fenced else text, parse_constant=_no_number))
+        value = clean(json.loads(fenced[1] if fenced else text, parse_constant=no_number))
     except (ValueError, RecursionError) as error:
         return None, [f"no JSON: {error}"]
     if wrapped and isinstance(value, dict) and set(value) == {"answer"}:
@@ -224,10 +236,6 @@ def _read(text: str, schema: Mapping[str, Any], wrapped: bool, ended: bool) -> t
         if shorter != value and not problems(schema, shorter):
             return shorter, []
     return value, wrong
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _please(written: str, wrong: Sequence[str]) -> list[Message]:

@@ -6,13 +6,13 @@ Source: https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
 from wg_blocks.api.http import HttpProvider, counted
 from wg_blocks.api.providers import Chat, Tell, Text, ToolCall
+from wg_blocks.api.tool_calls import arguments_text
 
 PATH = "/chat/completions"
 
@@ -35,6 +35,7 @@ def body(chat: Chat) -> dict[str, Any]:
     out: dict[str, Any] = {"model": chat.model, "messages": messages, **chat.settings, **chat.extra}
     if chat.tools:
         out["tools"] = [{"type": "function", "function": dict(tool)} for tool in chat.tools]
+        out |= {"tool_choice": chat.tool_choice} if chat.tool_choice != "auto" else {}
     if chat.form is not None and chat.form["type"] == "json_schema":
         named = {"name": "answer", "schema": chat.form["schema"], "strict": chat.form["strict"]}
         out["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -48,13 +49,13 @@ def data_url(png: bytes) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(message)
+    out = {k: v for k, v in message.items() if k != "is_error"}  # an error is told in the text
     if message.get("tool_calls"):
         out["tool_calls"] = [
             {
                 "id": call["id"],
                 "type": "function",
-                "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
+                "function": {"name": call["name"], "arguments": arguments_text(call)},
             }
             for call in message["tool_calls"]
         ]

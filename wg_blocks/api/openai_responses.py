@@ -5,7 +5,6 @@ Source: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from wg_blocks.api.http import HttpProvider, counted
 from wg_blocks.api.openai_chat import data_url
 from wg_blocks.api.providers import Chat, Tell, Text, ToolCall
+from wg_blocks.api.tool_calls import arguments_text
 
 PATH = "/responses"
 _END = ("response.completed", "response.incomplete", "response.failed")
@@ -39,11 +39,12 @@ def body(chat: Chat) -> dict[str, Any]:
         if content:
             items.append({"role": message["role"], "content": content})
         for call in message.get("tool_calls") or ():
-            said = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+            said = {"name": call["name"], "arguments": arguments_text(call)}
             items.append({"type": "function_call", "call_id": call["id"], **said})
     out: dict[str, Any] = {"model": chat.model, "input": items, "store": False, "stream": False, **chat.settings, **chat.extra}
     if chat.tools:
         out["tools"] = [{"type": "function", **tool, "strict": False} for tool in chat.tools]
+        out |= {"tool_choice": chat.tool_choice} if chat.tool_choice != "auto" else {}
     if chat.form is not None and chat.form["type"] == "json_schema":
         named = {"name": "answer", "schema": chat.form["schema"], "strict": chat.form["strict"]}
         out["text"] = {"format": {"type": "json_schema", **named}}

@@ -103,8 +103,9 @@ class Chat:
     """One chat to complete; `images` (PNG) belong to the last user message, `settings` have the provider's names.
 
     `messages` are `{role, content}`, those of an assistant perhaps with `tool_calls` (`{id, name, arguments}`), those of
-    the role `tool` with the `tool_call_id` that they answer. `tools` are `{name, description, parameters}`, the last a
-    JSON schema. `form` is None or how a structure is asked for: `{"type": "json_schema", "schema": ..., "strict": ...}`
+    the role `tool` with the `tool_call_id` that they answer (and `is_error` for an error). The `arguments` of a call are
+    an object, or text that is no JSON object. `tools` are `{name, description, parameters}`, the last a JSON schema;
+    `tool_choice` is `auto`, `none` or `required`. `form` is None or how a structure is asked for: `{"type": "json_schema", "schema": ..., "strict": ...}`
     or `{"type": "json_object"}`.
     """
 
@@ -116,6 +117,7 @@ class Chat:
     images: Sequence[bytes] = ()
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

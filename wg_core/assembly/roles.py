@@ -230,7 +230,8 @@ class Embedding(Block):
 class Agent(Block):
     """One step of an agent: an answer, or calls of tools.
 
-    `tool_calls` is a list of `{call_id, tool_id, arguments}`; without any the step is the last one. With `tool_results`
+    `tool_calls` is a list of `{call_id, tool_id, arguments}`; without any the step is the last one. An `error` in one says
+    what is wrong with it already: it is not run and has that result. With `tool_results`
     (`{call_id, tool_id, result}`, or `error` in place of `result`) the session goes on and the other inputs are those
     that began it. The session is state under `session.*`. `tools` are the ids that it may call, None for all.
     """

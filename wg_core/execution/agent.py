@@ -354,6 +354,8 @@ class _Run:
             if use is None:
                 known = ", ".join(map(repr, self.uses)) or "there are none"
                 raise ToolError(f"there is no tool {called.tool_id!r}; tools: {known}")
+            if isinstance(wrong := call.get("error"), str):
+                raise ToolError(wrong)
             called.inputs = use.inputs(called.arguments, self.given, self.made)
             if frame.options.strict_types:
                 check_kinds(f"{frame.path}/{node_id}", use.op.ports.inputs, called.inputs)
