@@ -141,6 +141,10 @@ class ToolError(WGError, ValueError):
     code = "AGENT_TOOLS"
 
 
+class ToolLimitError(ToolError):
+    """A tool's argument names a path or host that the tool may not reach, or its limits cannot be held to."""
+
+
 class NodeExecutionError(WGError, RuntimeError):
     """A block failed; names path, iteration and input kinds, with the original error as `__cause__`."""
 

@@ -17,6 +17,7 @@ from pydantic import (
 
 from wg_core.assembly.schema_rules import completed
 from wg_core.errors import did_you_mean
+from wg_core.execution.reach import HOST
 from wg_core.structure.hyperlink import HyperEdge, HyperLink
 from wg_core.structure.ids import ID_PATTERN
 from wg_core.structure.port import port_types
@@ -120,7 +121,9 @@ class LevelEntry(Strict):
 class ToolEntry(Strict):
     """A node that agents of the graph may call; the id of the node alone will do.
 
-    `parameters` is the JSON schema of its arguments where they are not simply its inputs, `timeout` in seconds.
+    `parameters` is the JSON schema of its arguments where they are not simply its inputs, `timeout` in seconds. An
+    argument with format `path`, `file-path` or `directory-path` lies within one of `roots`, one with format `uri` names
+    one of `hosts` (`name`, `*.name` for all below it, either with `:port`).
     """
 
     node: Id
@@ -128,6 +131,8 @@ class ToolEntry(Strict):
     parameters: Json | None = None
     result_port: PortKey | None = None
     timeout: Real | None = Field(default=None, gt=0)
+    roots: list[Annotated[str, Field(min_length=1)]] | None = None
+    hosts: list[Annotated[str, Field(pattern=f"^({HOST})$")]] | None = None
 
 
 class GraphEntry(LevelEntry):

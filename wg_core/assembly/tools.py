@@ -9,9 +9,10 @@ from typing import Any, cast
 from wg_core.errors import ToolError, did_you_mean
 from wg_core.execution.agent import MEDIA, Tool, ToolSpec, is_agentic
 from wg_core.execution.block import Block
+from wg_core.execution.reach import HOST, PATHS, URL, Reach, places
 from wg_core.structure.port import UNSET, Port, supertypes
 
-ENTRY = ("node", "description", "parameters", "result_port", "timeout")
+ENTRY = ("node", "description", "parameters", "result_port", "timeout", "roots", "hosts")
 
 _JSON_TYPES = {
     "text": "string", "number": "number", "dict": "object", "list": "array", "link": "object",
@@ -29,16 +30,21 @@ def tool_entry(
     parameters: Mapping[str, Any] | None = None,
     result_port: str | None = None,
     timeout: float | None = None,
+    roots: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     fed: Collection[str] = (),
     finished: bool = False,
 ) -> dict[str, Any]:
     """The table entry of a node that can be called as a tool; `parameters` is a JSON schema of its arguments.
 
+    `roots` are folders, within which arguments with format `path`, `file-path` or `directory-path` lie; `hosts` those
+    that arguments with format `uri` may name.
+
     `fed` are the inputs that have their value from the graph. A view of a world may come later, where the graph is not
     `finished`.
 
-    Raises: ToolError for a bad id, an agent, a required input that no JSON argument can fill, an unclear result, or a
-    schema of other arguments than there are inputs.
+    Raises: ToolError for a bad id, an agent, a required input that no JSON argument can fill, an unclear result, a
+    schema of other arguments than there are inputs, or a host that is none.
     """
     where = f"{graph_id}: node {node_id!r} cannot be tool {tool_id!r}"
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool_id):
@@ -64,7 +70,11 @@ def tool_entry(
         raise ToolError(f"{where}: timeout is a number of seconds > 0, not {timeout!r}")
     if parameters is not None:
         _check_parameters(where, parameters, ports.inputs, fed)
+    for host in hosts:
+        if not re.fullmatch(HOST, host):
+            raise ToolError(f"{where}: {host!r} is no host; write name, *.name or either with :port, in small letters")
     given = {
+        **({"roots": [*roots]} if roots else {}), **({"hosts": [*hosts]} if hosts else {}),
         "description": description,
         "parameters": dict(parameters) if parameters else None,
         "result_port": result_port,
@@ -79,11 +89,14 @@ def entry_options(graph_id: str, tool_id: str, entry: Mapping[str, Any]) -> dict
         if key not in ENTRY:
             raise ToolError(f"{graph_id}: tool {tool_id!r} has an unknown key {key!r}; {did_you_mean(key, ENTRY)}")
     kinds: dict[str, Any] = {
-        "description": str, "parameters": Mapping, "result_port": str, "timeout": (int, float),
+        "description": str, "parameters": Mapping, "result_port": str, "timeout": (int, float), "roots": list, "hosts": list,
     }  # fmt: skip
     for key, kind in kinds.items():
         if entry.get(key) is not None and not isinstance(entry[key], kind):
             raise ToolError(f"{graph_id}: tool {tool_id!r}: {key} cannot be {entry[key]!r}")
+    for key in ("roots", "hosts"):
+        if not all(isinstance(v, str) and v for v in entry.get(key) or ()):
+            raise ToolError(f"{graph_id}: tool {tool_id!r}: {key} is a list of texts, not {entry[key]!r}")
     return {k: v for k, v in entry.items() if k != "node"}
 
 
@@ -94,7 +107,24 @@ def tool_of(tool_id: str, entry: Mapping[str, Any], block: Block, defaults: Coll
         entry.get("description") or (type(block).__doc__ or "").strip().partition("\n")[0],
         entry.get("parameters") or parameters_of(block, defaults, fed),
     )
-    return Tool(spec, entry["node"], entry.get("result_port") or _results(block)[0], tuple(fed), entry.get("timeout"))
+    named = places(spec.parameters, block.port_index.inputs)
+    reach = Reach(named, tuple(entry.get("roots") or ()), tuple(entry.get("hosts") or ())) if named else None
+    result = entry.get("result_port") or _results(block)[0]
+    return Tool(spec, entry["node"], result, tuple(fed), entry.get("timeout"), reach)
+
+
+def check_reach(graph_id: str, tool: Tool, entry: Mapping[str, Any]) -> None:
+    """Raises: ToolError for arguments that are paths or URLs without limits, and for limits that no argument is held to."""
+    forms = {form for form, _ in tool.reach.places.values()} if tool.reach is not None else set[str]()
+    for name, kinds in (("roots", PATHS), ("hosts", (URL,))):
+        held = sorted(forms & set(kinds))
+        if held and not entry.get(name):
+            raise ToolError(f"{graph_id}: tool {tool.spec.id!r} takes a {'|'.join(held)}; say with {name} what it may reach")
+        if entry.get(name) and not held:
+            raise ToolError(
+                f"{graph_id}: {name} of tool {tool.spec.id!r} limit nothing, as no argument has format {'|'.join(kinds)}; "
+                "give it in the port's schema or in parameters"
+            )
 
 
 def parameters_of(block: Block, defaults: Collection[str] = (), fed: Collection[str] = ()) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from wg_core.execution.block import Block, check_kinds, check_outputs
 from wg_core.execution.context import FRAME, Frame, check_stop
 from wg_core.execution.drive import Result, Session, drive
 from wg_core.execution.plan import Call
+from wg_core.execution.reach import Reach
 from wg_core.execution.together import Beside, side_by_side
 from wg_core.structure.port import UNSET, Port
 
@@ -56,7 +57,8 @@ class ToolSpec:
 class Tool:
     """A tool that an agent may call: what the agent is told, the node, its output that is the result.
 
-    Inputs in `fed` have their value from the graph, the others from the call. `timeout` is in seconds.
+    Inputs in `fed` have their value from the graph, the others from the call. `timeout` is in seconds: what is
+    asynchronous is cancelled then, what is not is found late when it returns. `reach` is what arguments may name.
     """
 
     spec: ToolSpec
@@ -64,6 +66,7 @@ class Tool:
     result: str
     fed: tuple[str, ...] = ()
     timeout: float | None = None
+    reach: Reach | None = None
 
 
 def is_agentic(block: Any) -> bool:
@@ -154,6 +157,8 @@ class _Use:
         if wrong:
             takes = ", ".join(spec.parameters.get("properties", {})) or "nothing"
             raise ToolError(f"bad arguments for {spec.id!r}: {'; '.join(wrong)}; it takes {takes}")
+        if self.tool.reach is not None:
+            chosen = self.tool.reach.confined(chosen)
         ports = self.op.ports.inputs
         inputs = self.fed(given)
         inputs |= {k: copy.deepcopy(v) for k, v in self.defaults.items() if k not in chosen and k not in inputs}

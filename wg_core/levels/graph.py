@@ -13,7 +13,7 @@ from wg_core.assembly.models import GraphEntry
 from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.assembly.roles import WeightAdapter, role_of
-from wg_core.assembly.tools import entry_options, tool_entry, tool_of
+from wg_core.assembly.tools import check_reach, entry_options, tool_entry, tool_of
 from wg_core.assembly.wiring import WiredGraph
 from wg_core.errors import ConfigError, NodeError, ToolError, UnknownBlockTypeError, did_you_mean
 from wg_core.execution.agent import Tool, is_agentic
@@ -137,11 +137,15 @@ class Graph(Level[Block], WiredGraph):
         parameters: Mapping[str, Any] | None = None,
         result_port: str | None = None,
         timeout: float | None = None,
+        roots: Sequence[str] = (),
+        hosts: Sequence[str] = (),
     ) -> None:
         """Let agents of this graph call a node, under `tool_id`; `parameters` is a JSON schema of its arguments.
 
         By default the arguments are the inputs that the graph does not feed, the result is the only output, and the
-        description is the first line of the block's. `timeout` is in seconds, for each call.
+        description is the first line of the block's. `timeout` is in seconds, for each call. Arguments with format
+        `path`, `file-path` or `directory-path` lie within one of the folders `roots`, relative ones in the first; those
+        with format `uri` name one of `hosts`.
 
         Raises: ToolError for a bad or taken id or a node that cannot be called, NodeError for an unknown node.
         """
@@ -151,7 +155,8 @@ class Graph(Level[Block], WiredGraph):
             )
         self.tools[tool_id] = tool_entry(
             self.id, tool_id, node_id, self.get_node(node_id).child,
-            description=description, parameters=parameters, result_port=result_port, timeout=timeout, fed=self._fed(node_id),
+            description=description, parameters=parameters, result_port=result_port, timeout=timeout, roots=roots,
+            hosts=hosts, fed=self._fed(node_id),
         )  # fmt: skip
         self.version += 1
 
@@ -234,6 +239,7 @@ class Graph(Level[Block], WiredGraph):
                     raise ToolError(f"tool {tool_id!r} is node {name!r}, which does not exist")
                 fed = {*self._fed(name), *self.nodes[name].defaults}
                 tool_entry(self.id, tool_id, name, self.nodes[name].child, **options, fed=fed, finished=True)
+                check_reach(self.id, self._tool(tool_id), entry)
             except ToolError as error:
                 broken = True
                 yield str(error), "mend the tool, or drop it"
