@@ -6,9 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from wg_blocks.prompt import Settings, sentences_end, whole_sentences
+from wg_blocks.reading import Layers, Reader, cache_of, reader_of
 from wg_core.errors import OutputContractError
 from wg_core.execution.context import FRAME, check_stop
 from wg_core.weights.lora import per_row
@@ -16,7 +18,7 @@ from wg_core.weights.lora import per_row
 PENALTY_WINDOW = 256
 EMIT_EVERY = 8
 COPY_COST = 100.0  # below any other token, yet possible where a schema leaves no choice
-PIECE = 32  # tokens of a prompt that are computed together; a prefix is kept in whole pieces
+PIECE = 64  # tokens of a prompt that are computed together, at most
 PREFIX_BYTES = 96 << 20  # of keys and values that one model keeps of earlier prompts
 
 
@@ -39,15 +41,18 @@ class Vocabulary:
 class Writer:
     """One answer in the making: `ids` and `text`, and whether it ended by itself (end token, stop text, structure).
 
-    `guide` is a matcher of the JSON schema that the answer obeys.
+    `guide` is a matcher of the JSON schema that the answer obeys; other prompts are likely to begin with the first
+    `shared` tokens of this one.
     """
 
     def __init__(
-        self, prompt: Sequence[int], settings: Settings, seed: int, vocabulary: Vocabulary, guide: Any, model: str
-    ) -> None:
+        self, prompt: Sequence[int], settings: Settings, seed: int, vocabulary: Vocabulary, guide: Any, model: str,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
         import torch
 
         self.prompt = list(prompt)
+        self.shared = shared
         self.settings = settings
         self.vocabulary = vocabulary
         self.guide = guide
@@ -197,55 +202,70 @@ def _draw(scores: Any, settings: Settings, warp: Any, random: Any) -> int:
 
 # ---- what is kept of prompts ------------------------------------------------------------------------------------------
 
-Kept = tuple[list[int], list[tuple[Any, Any]]]
+def ends_of_pieces(size: int, shared: int) -> list[int]:
+    """Where the pieces of a prompt of `size` tokens end: one at the end of its `shared` begin, all of at most `PIECE`."""
+    return [*range(PIECE, shared, PIECE), *([shared] if shared else ()), *range(shared + PIECE, size, PIECE), size]
+
+
+class _Begin(NamedTuple):
+    """The begin of a prompt that is kept: its tokens, and where their pieces end."""
+
+    key: Any
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def begins_with(self, other: _Begin) -> bool:
+        ids, ends = self.ids[: len(other.ids)], self.ends[: len(other.ends)]
+        return _Begin(self.key, ids, ends) == other
 
 
 class PrefixCache:
-    """Keys and values of the last prompts, at most `limit` bytes, so that a shared beginning is computed once.
+    """Keys and values of the last prompts, at most `limit` bytes, so that a shared begin is computed once.
 
-    A prompt is computed in pieces of `PIECE` tokens from its begin, with or without this cache, and only whole pieces
-    are taken from it. So each number is the result of the very same computation, and answers are equal to the bit.
-    `key` says what else the numbers depend on: revision of the weights and adapters at work.
+    A prompt is computed in pieces (see `ends_of_pieces`), with or without this cache, and only pieces that end alike
+    from the begin on are taken from it. So each number is the result of the very same computation, and answers are
+    equal to the bit. `key` says what else the numbers depend on: revision of the weights and adapters at work.
     """
 
     def __init__(self, limit: int = PREFIX_BYTES) -> None:
         self.limit = limit
-        self._kept: OrderedDict[tuple[Any, tuple[int, ...]], list[tuple[Any, Any]]] = OrderedDict()
+        self._kept: OrderedDict[_Begin, Layers] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         return sum(_nbytes(layers) for layers in self._kept.values())
 
-    def find(self, key: Any, ids: Sequence[int]) -> Kept:
-        """The longest beginning of `ids` in whole pieces that is kept, at least one token short of all, and its layers."""
+    def find(self, key: Any, ids: Sequence[int], ends: Sequence[int]) -> tuple[int, Layers]:
+        """How many tokens of the begin of `ids` are kept, at least one short of all, and what is kept of them."""
         with self._lock:
             best, owner = 0, None
-            for (kept_key, kept_ids), _ in self._kept.items():
-                if kept_key != key:
+            for kept in self._kept:
+                if kept.key != key:
                     continue
-                same = next((i for i, (a, b) in enumerate(zip(kept_ids, ids, strict=False)) if a != b), None)
-                size = min(len(kept_ids), len(ids) - 1) if same is None else same
-                size = min(size, len(ids) - 1) // PIECE * PIECE
+                same = next((i for i, (a, b) in enumerate(zip(kept.ids, ids, strict=False)) if a != b), len(kept.ids))
+                alike = takewhile(lambda pair: pair[0] == pair[1], zip(kept.ends, ends[:-1], strict=False))
+                size = max((end for end, _ in alike if end <= same), default=0)
                 if size > best:
-                    best, owner = size, (kept_key, kept_ids)
+                    best, owner = size, kept
             if owner is None:
-                return [], []
+                return 0, []
             self._kept.move_to_end(owner)
-            return list(ids[:best]), [(k[:, :, :best], v[:, :, :best]) for k, v in self._kept[owner]]
+            return best, [(k[:, :, :best], v[:, :, :best]) for k, v in self._kept[owner]]
 
-    def keep(self, key: Any, ids: Sequence[int], layers: list[tuple[Any, Any]]) -> None:
-        """Keep a prompt in whole pieces, in place of those that it begins with and of the longest unused."""
-        size = len(ids) // PIECE * PIECE
-        if not size:
+    def keep(self, key: Any, ids: Sequence[int], ends: Sequence[int], layers: Layers) -> None:
+        """Keep a prompt up to its last piece, in place of those that it begins with and of the longest unused."""
+        whole = tuple(ends[:-1])
+        if not whole:
             return
-        whole = tuple(ids[:size])
+        size = whole[-1]
+        new = _Begin(key, tuple(ids[:size]), whole)
         with self._lock:
-            if any(k == key and i[:size] == whole for k, i in self._kept):
+            if any(kept.begins_with(new) for kept in self._kept):
                 return
-            for known in [(k, i) for k, i in self._kept if k == key and whole[: len(i)] == i]:
+            for known in [kept for kept in self._kept if new.begins_with(kept)]:
                 del self._kept[known]
-            self._kept[key, whole] = [(k[:, :, :size].clone(), v[:, :, :size].clone()) for k, v in layers]
+            self._kept[new] = [(k[:, :, :size].clone(), v[:, :, :size].clone()) for k, v in layers]
             while self._kept and self.nbytes > self.limit:
                 self._kept.popitem(last=False)
 
@@ -254,27 +274,8 @@ class PrefixCache:
             self._kept.clear()
 
 
-def _nbytes(layers: list[tuple[Any, Any]]) -> int:
+def _nbytes(layers: Layers) -> int:
     return sum(t.numel() * t.element_size() for pair in layers for t in pair)
-
-
-def _layers(cache: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and values of each layer; None for a model that keeps anything else than them of what it has read."""
-    from transformers.cache_utils import DynamicLayer
-
-    layers = getattr(cache, "layers", None)
-    if not layers or any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
-        return None
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _cache_of(model: Any, layers: list[tuple[Any, Any]]) -> Any:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
 
 
 def _stop() -> None:
@@ -287,25 +288,26 @@ def _stop() -> None:
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-def read_prompt(model: Any, ids: Sequence[int], prefixes: PrefixCache | None, key: Any) -> tuple[Any, Any, int]:
-    """(scores of the next token [1, rows], the model's cache, tokens that needed no computing) of a prompt."""
-    import torch
+def read_prompt(
+    reader: Reader, ids: Sequence[int], prefixes: PrefixCache | None, key: Any, shared: int = 0
+) -> tuple[Any, int]:
+    """(scores of the next token [1, rows], tokens that needed no computing) of a prompt; goes on in `reader`.
 
-    device = next(model.parameters()).device
-    known, layers = prefixes.find(key, ids) if prefixes is not None else ([], [])
-    cache = _cache_of(model, layers) if known else None
-    at, out = len(known), None
-    while at < len(ids):
-        _stop()
-        piece = torch.tensor([ids[at : at + PIECE]], device=device)
-        out = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1)
-        cache = out.cache
-        at += piece.shape[1]
-    read = _layers(cache)
-    if prefixes is not None and read is not None:
-        prefixes.keep(key, ids, read)
-    assert out is not None  # a prompt is never empty, and the last token is always computed
-    return out.logits[:, -1], cache, len(known)
+    `shared` is the number of its first tokens that other prompts are likely to begin with.
+    """
+    ends = ends_of_pieces(len(ids), shared)
+    known, layers = prefixes.find(key, ids, ends) if prefixes is not None else (0, [])
+    reader.begin(layers)
+    at, scores = known, None
+    for end in ends:
+        if end > known:
+            _stop()
+            scores = reader.read(ids[at:end], scores=end == len(ids))
+            at = end
+    if prefixes is not None and reader.layers is not None:
+        prefixes.keep(key, ids, ends, reader.layers)
+    assert scores is not None  # a prompt is never empty, and the last token is always computed
+    return scores, known
 
 
 def decode(
@@ -317,9 +319,9 @@ def decode(
     """
     import torch
 
-    device, words = next(model.parameters()).device, writer.vocabulary.size
+    reader, words = reader_of(model), writer.vocabulary.size
     with torch.no_grad():
-        scores, cache, known = read_prompt(model, writer.prompt, prefixes, key)
+        scores, known = read_prompt(reader, writer.prompt, prefixes, key, writer.shared)
     while True:
         before = len(writer.ids) // EMIT_EVERY
         with torch.no_grad():  # models may have more rows than tokens
@@ -332,8 +334,7 @@ def decode(
             yield piece
         _stop()
         with torch.no_grad():
-            out = model(input_ids=torch.tensor([fresh], device=device), cache=cache, use_cache=True, logits_to_keep=1)
-        cache, scores = out.cache, out.logits[:, -1]
+            scores = reader.read(fresh)
     writer.finish()
     if piece := writer.last_piece():
         yield piece
@@ -361,21 +362,21 @@ def decode_batch(
     device, words = next(model.parameters()).device, writers[0].vocabulary.size
     rows = list(writers)
     known: list[int] = []
-    read: list[list[tuple[Any, Any]]] = []
+    read: list[Layers] = []
     scores: list[Any] = []
     with torch.no_grad():
         for row, writer in enumerate(rows):
+            reader = reader_of(model)
             with adapted([row]):
-                score, cache, cached = read_prompt(model, writer.prompt, prefixes, keys[row])
-            layers = _layers(cache)
-            if layers is None:
+                score, cached = read_prompt(reader, writer.prompt, prefixes, keys[row], writer.shared)
+            if reader.layers is None:
                 return None
             known.append(cached)
-            read.append(layers)
+            read.append(reader.layers)
             scores.append(score[0])
         sizes = [len(writer.prompt) for writer in rows]
         longest = max(sizes)
-        cache = _cache_of(model, [_padded([r[i] for r in read], longest) for i in range(len(read[0]))])
+        cache = cache_of(model, [_padded([r[i] for r in read], longest) for i in range(len(read[0]))])
         del read
         mask = torch.tensor([[0] * (longest - size) + [1] * size for size in sizes], device=device)
         places = list(range(len(rows)))  # of what is left of the rows, among all

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,7 @@ class _Asked:
 
     chat: list[Message]
     prompt: list[int]
+    shared: int
     seed: int
     usage: dict[str, int]
     wrong: list[str] = field(default_factory=list[str])
@@ -319,7 +320,7 @@ class CausalLM(Published):
             for one in left:
                 more = min(settings.max_new_tokens * (2 + attempt) // 2, limit - len(one.prompt))
                 room, seed = replace(settings, max_new_tokens=more), derive_seed(one.seed, attempt)
-                writers.append(self._writer(one.prompt, room, seed, schema))
+                writers.append(self._writer(one.prompt, room, seed, schema, one.shared))
             started = time.perf_counter()
             with ExitStack() as budget:
                 held = [budget.enter_context(self._budgeted(writer)) for writer in writers]
@@ -347,7 +348,8 @@ class CausalLM(Published):
                 f"the prompt has {len(prompt)} tokens and asks for {settings.max_new_tokens} more, but "
                 f"{self.checkpoint_ref} holds {limit}; lower params.context_tokens or params.max_new_tokens"
             )
-        return _Asked(chat, prompt, seed, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
+        usage = {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        return _Asked(chat, prompt, self._shared(chat, prompt), seed, usage)
 
     def _budgeted(self, writer: Writer) -> Any:
         tokens = len(writer.prompt) + writer.settings.max_new_tokens
@@ -386,6 +388,13 @@ class CausalLM(Published):
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
         return list(self.tokenizer("\n\n".join(m["content"] for m in chat) + "\n").input_ids)
+
+    def _shared(self, chat: Sequence[Message], prompt: Sequence[int]) -> int:
+        """How many tokens stand before the first text that is not the system's; 0 where that cannot be told."""
+        system = [*takewhile(lambda m: m["role"] == "system", chat)]
+        one, other = (self._prompt_ids([*system, {"role": "user", "content": text}]) for text in "ab")
+        size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        return size if one[:size] == [*prompt[:size]] else 0
 
     def _marks(self) -> re.Pattern[str]:
         """What matches the model's control tokens in a text."""
@@ -462,11 +471,11 @@ class CausalLM(Published):
 
     # ---- decoding
 
-    def _writer(self, prompt: Sequence[int], settings: Settings, seed: int, schema: Any) -> Writer:
+    def _writer(self, prompt: Sequence[int], settings: Settings, seed: int, schema: Any, shared: int = 0) -> Writer:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self.tokenizer, self._end_ids())
         guide = self._matcher(schema) if schema is not None else None
-        return Writer(prompt, settings, seed, self._vocabulary, guide, self.checkpoint_ref)
+        return Writer(prompt, settings, seed, self._vocabulary, guide, self.checkpoint_ref, shared)
 
     def _write(self, writers: Sequence[Writer], *, pieces: bool, joined: bool = False) -> Generator[Any, Any, list[int]]:
         """Write answers to their ends, several as a batch; gives for each how much of its prompt was known already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_lm import save_tiny_lm
 
-from wg_blocks.decoding import PIECE, PrefixCache, read_prompt
+from wg_blocks.decoding import PIECE, PrefixCache, ends_of_pieces, read_prompt
 from wg_blocks.llm_local import CausalLM
 from wg_blocks.lora import LoRA
+from wg_blocks.reading import LlamaReader, Reader, reader_of
 from wg_core import Graph, ModelPool
 from wg_core.assembly.registry import default_registry
 from wg_core.errors import AbortRun, AdapterError, ConfigError, NodeExecutionError
+from wg_core.weights.lora import per_row
 
 SYSTEM = "You write the chronicle of a small harbour town, calm and concrete. Numbers such as 0, 1, 2 are written out."
 LONG = {"max_new_tokens": 40, "temperature": 1.0, "seed": 5}
@@ -52,20 +57,66 @@ def cached(graph: Graph, **inputs: Any) -> tuple[str, int, int]:
 def test_a_prefix_that_is_known_is_not_computed_again_and_changes_no_bit(block: CausalLM) -> None:
     """03 W-20: one model serves all stages; what their prompts share is computed once."""
     block.materialize()
-    ids = block._prompt_ids([{"role": "system", "content": SYSTEM}, {"role": "user", "content": "What of the ice?"}])
-    other = block._prompt_ids([{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Who keeps it?"}])
+    chats: Any = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": t}] for t in ("The ice?", "Why?")]
+    ids, other = (block._prompt_ids(chat) for chat in chats)
+    shared = block._shared(chats[0], ids)
     same = next(i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b)
-    assert same > PIECE
-    prefixes = PrefixCache()
+    assert shared == block._shared(chats[1], other) == same > PIECE
+    prefixes, reader, reused = PrefixCache(), reader_of(block.module), reader_of(block.module)
     with torch.no_grad():
-        plain, cache, none = read_prompt(block.module, ids, None, ())
-        _, _, first = read_prompt(block.module, other, prefixes, ())
-        scores, reused, known = read_prompt(block.module, ids, prefixes, ())
-        assert (none, first, known) == (0, 0, same // PIECE * PIECE)
+        plain, none = read_prompt(reader, ids, None, (), shared)
+        _, first = read_prompt(reused, other, prefixes, (), shared)
+        scores, known = read_prompt(reused, ids, prefixes, (), shared)
+        assert (none, first, known) == (0, 0, shared)
         assert torch.equal(plain, scores)
-        for ours, theirs in zip(cache.layers, reused.layers, strict=True):
-            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
-        assert read_prompt(block.module, ids, prefixes, ("other weights",))[2] == 0
+        for ours, theirs in zip(reader.layers or [], reused.layers or [], strict=True):
+            assert all(map(torch.equal, ours, theirs))
+        assert read_prompt(reused, ids, prefixes, ("other weights",), shared)[1] == 0
+        assert read_prompt(reused, ids, prefixes, (), 7)[1] == 0  # in other pieces it is another computation
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 300), shared=st.integers(0, 299))
+def test_pieces_are_bounded_and_end_where_the_shared_begin_does(size: int, shared: int) -> None:
+    shared = min(shared, size - 1)
+    ends = ends_of_pieces(size, shared)
+    assert ends[-1] == size and (not shared or shared in ends)
+    assert all(0 < b - a <= PIECE for a, b in itertools.pairwise([0, *ends]))
+
+
+def test_llama_is_read_as_by_its_own_forward_pass(block: CausalLM) -> None:
+    """03 W-22: the shorter pass gives the model's own numbers, adapters included; what it cannot do is left to that."""
+    block.materialize()
+    model, ids = block.module, [7, 5, 9, 11, 5, 8, *range(3, 40)]
+    graph = graph_of(block)
+    adapter = LoRA(target="llm", modules=["*"])
+    graph.add_node(adapter, "style")
+    adapter.materialize()
+    with torch.no_grad(), per_row([[adapter]]):
+        for _, parameter in adapter.named_parameters():
+            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+        ours, theirs = reader_of(model), Reader(model)
+        assert type(ours) is LlamaReader
+        for reader in (ours, theirs):
+            reader.begin([])
+        for piece in (ids[:20], ids[20:21], ids[21:]):
+            mine, its = ours.read(piece), theirs.read(piece)
+            assert torch.allclose(mine, its, atol=1e-4) and mine.std() > 0.01
+        for mine, its in zip(ours.layers or [], theirs.layers or [], strict=True):
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine, its, strict=True))
+        adapted = ours.read([3])
+        ours.begin(theirs.layers or [])
+        with per_row([[]]):
+            assert not torch.allclose(ours.read([3]), adapted, atol=1e-2)
+        ours.begin(theirs.layers or [])
+        long = [3] * 400  # more than there is room for at first
+        assert torch.allclose(ours.read(long), theirs.read(long), atol=1e-4)
+    for module in (model, model.model.layers[0].mlp, model.model.norm):
+        handle = module.register_forward_hook(lambda *_: None)
+        assert type(reader_of(model)) is Reader
+        handle.remove()
+    model.train()
+    assert type(reader_of(model)) is Reader
 
 
 def test_stages_of_one_step_share_their_prefix(block: CausalLM, folder: Path) -> None:
@@ -74,7 +125,7 @@ def test_stages_of_one_step_share_their_prefix(block: CausalLM, folder: Path) ->
     first = cached(graph, prompt="What of the ice?", **ask)
     second = cached(graph, prompt="Who keeps it?", **ask)
     again = cached(graph, prompt="Who keeps it?", **ask)
-    assert first[2] == 0 < second[2] and again[2] == (again[1] - 1) // PIECE * PIECE
+    assert first[2] == 0 < second[2] and again[1] - again[2] <= PIECE
     fresh = graph_of(CausalLM(checkpoint_ref=str(folder)))
     assert cached(fresh, prompt="Who keeps it?", **ask)[0] == second[0] == again[0]
     out = graph.run({"prompt": "Who keeps it?", **ask})
@@ -105,10 +156,10 @@ def test_what_is_kept_of_prompts_is_bounded(block: CausalLM) -> None:
     prefixes = PrefixCache(limit=3 * PIECE * 2 * 2 * 2 * 8 * 4 * 2)
     with torch.no_grad():
         for start in range(8):
-            read_prompt(block.module, [start + 3] * (2 * PIECE + 5), prefixes, ())
+            read_prompt(reader_of(block.module), [start + 3] * (2 * PIECE + 5), prefixes, ())
             assert 0 < prefixes.nbytes <= prefixes.limit
-        assert read_prompt(block.module, [10] * (2 * PIECE + 5), prefixes, ())[2] == 2 * PIECE
-        assert read_prompt(block.module, [3] * (2 * PIECE + 5), prefixes, ())[2] == 0
+        assert read_prompt(reader_of(block.module), [10] * (2 * PIECE + 5), prefixes, ())[1] == 2 * PIECE
+        assert read_prompt(reader_of(block.module), [3] * (2 * PIECE + 5), prefixes, ())[1] == 0
 
 
 @pytest.mark.parametrize("extra", [{}, {"stop": ["e"]}, {"whole_sentences": True}])
@@ -191,7 +242,7 @@ def test_int8_weights_are_a_model_of_their_own_that_cannot_learn(folder: Path, t
     assert pool.nbytes == block.nbytes + plain.nbytes > 0 and block.nbytes < plain.nbytes
     prompt = block._prompt_ids([{"role": "user", "content": "The ferry waits for the tide and the bell."}])
     with torch.no_grad():
-        ours, theirs = (read_prompt(b.module, prompt, None, ())[0] for b in (block, plain))
+        ours, theirs = (read_prompt(reader_of(b.module), prompt, None, ())[0] for b in (block, plain))
     assert 0 < (ours - theirs).abs().max() < 0.1 * theirs.std()
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"]}
     asked = {"prompt": "p", "schema": schema, "params": {"seed": 1}}

@@ -63,11 +63,12 @@ def test_a_step_computes_what_its_prompts_share_once(folder: Path, tmp_path: Pat
     snapshot = world.step(seed=1)
     (block,) = {id(b): b for b in world.iter_blocks() if isinstance(b, CausalLM)}.values()
     system = world.to_config()["execution"]["stages"]["intend"]["graph"]["nodes"][0]["defaults"]["system"]
-    shared = len(block._prompt_ids([{"role": "system", "content": system}, {"role": "user", "content": ""}]))
+    chat: Any = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+    shared = block._shared(chat, block._prompt_ids(chat))
     rows = [record.usage[block.checkpoint_ref] for record in snapshot.stages if record.usage]
     assert [row["calls"] for row in rows] == [1] * 5 and shared > PIECE
     assert "cached_tokens" not in rows[0]
-    assert [row["cached_tokens"] for row in rows[1:]] == [shared // PIECE * PIECE] * 4, (shared, rows)
+    assert [row["cached_tokens"] for row in rows[1:]] == [shared] * 4, rows
 
 
 def test_one_model_answers_in_all_stages_of_several_worlds(folder: Path, tmp_path: Path) -> None:
