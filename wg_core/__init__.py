@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wg_core.levels.graph import Graph
     from wg_core.levels.pipeline import Pipeline
     from wg_core.levels.stage import Stage
+    from wg_core.levels.step_together import step_together
     from wg_core.levels.world import World
     from wg_core.state.content import WorldContent
     from wg_core.state.state import State
@@ -39,6 +40,7 @@ _HOMES = {
     "Stage": "levels.stage",
     "Flow": "levels.flow",
     "World": "levels.world",
+    "step_together": "levels.step_together",
     "WorldContent": "state.content",
     "State": "state.state",
     "Port": "structure.port",
@@ -47,6 +49,7 @@ _HOMES = {
 __all__ = [
     "Block", "BlockRegistry", "ConfigError", "EndWorld", "Flow", "Graph", "ModelPool", "Pipeline", "Port", "Stage", "State",
     "ValidationError", "WGError", "World", "WorldContent", "current_context", "register_block",
+    "step_together",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ A message names the place, the two sides and the way out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -175,6 +175,20 @@ class RunTimeoutError(WGError, TimeoutError):
 
 class SnapshotConflictError(WGError, RuntimeError):
     """Another step was published, or another owner holds the world."""
+
+
+class JointStepError(WGError, RuntimeError):
+    """Some of the worlds that made a step together failed: `errors`, and `snapshots` of the others, by world id.
+
+    A failed world gave its lease back, and goes on from the stages that it came to the end of.
+    """
+
+    def __init__(
+        self, message: str, *, errors: Mapping[str, Exception] | None = None, snapshots: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.errors = dict(errors or {})
+        self.snapshots = dict(snapshots or {})
 
 
 class CorruptSnapshotError(WGError, RuntimeError):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextvars import copy_context
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from wg_core.errors import AdapterError
+from wg_core import step_together
+from wg_core.errors import AbortRun, AdapterError, JointStepError
 from wg_core.levels.lora_world import lora_world
 from wg_core.levels.training import calling
+from wg_core.state.store import SnapshotStore
 from wg_core.weights.lora import per_row, working_on
 from worlds import AT, base_world, block_at, teach
 
@@ -92,3 +95,35 @@ def test_worlds_decode_together_what_they_write_alone(folder: Path, tmp_path: Pa
             together.append(done.value.value["text"])
     assert together == alone and len(set(alone)) == 4
     assert {1, 4} <= set(sizes) and sorted(sizes[sizes.index(4) :], reverse=True) == sizes[sizes.index(4) :]
+
+
+def test_worlds_step_together_with_the_adapters_of_each(folder: Path, tmp_path: Path) -> None:
+    """03 L-3: base and LoRA worlds step as one batch and write what they write alone; one that is stopped stops alone."""
+    base = base_world(folder, tmp_path / "snapshots")
+    worlds: list[Any] = [base, *(lora_world(base, name) for name in ("noir", "calm"))]
+    for seed, world in enumerate(worlds[1:], 1):
+        teach(world, seed)
+
+    def again(place: str) -> list[Any]:
+        made = [copy(world) for world in worlds]
+        for world in made:
+            world.store = SnapshotStore(tmp_path / place)
+        return made
+
+    alone = [world.step(seed=5) for world in again("alone")]
+    sizes: list[int] = []
+    block: Any = block_at(base, AT["judge"])
+    block.module.register_forward_hook(lambda m, a, k, o: sizes.append(len(k["input_ids"])), with_kwargs=True)
+    joint = again("joint")
+    assert [s.id for s in step_together(joint, seed=5)] == [s.id for s in alone]
+    assert sizes.count(3) > 12 and len({s.carried["outcome"]["narrative"] for s in alone}) == 3
+    assert all(world.replay().same for world in joint)
+
+    def stop(event: Any) -> None:
+        if event.kind == "progress" and event.path.startswith("noir/judge/"):
+            raise AbortRun("enough")
+
+    with pytest.raises(JointStepError) as caught:
+        step_together(again("stopped"), seed=5, hooks=[stop])
+    assert isinstance(caught.value.errors.pop("noir"), AbortRun) and not caught.value.errors
+    assert [caught.value.snapshots[i].id for i in ("base", "calm")] == [alone[0].id, alone[2].id]

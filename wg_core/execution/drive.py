@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from wg_core.execution.executable_graph import ExecutableGraph
 
 Result = dict[str, Any]
-Session = Generator[tuple[Call, dict[str, Any]], Any, Result]
-Around = Callable[[], AbstractContextManager[Any]]
-Item = TypeVar("Item")
 Done = TypeVar("Done")
+Item = TypeVar("Item")
+Session = Generator[tuple[Call, dict[str, Any]], Any, Result]
+Stepping = Generator[tuple[Call, dict[str, Any]], Any, Done]  # a session within something that makes more of its result
+Batched = Generator[tuple["Block", Any], Any, Done]
+Around = Callable[[], AbstractContextManager[Any]]
 
 _POLL = 0.05  # seconds between two looks at `cancel` while an awaitable is waited for
 
@@ -86,7 +88,7 @@ class Steps(Generic[Item]):
         return self._result
 
 
-def drive(graph: ExecutableGraph[Any], session: Session, dry: bool) -> Result:
+def drive(graph: ExecutableGraph[Any], session: Stepping[Done], dry: bool) -> Done:
     """Run a session here and now."""
     outputs: Result | None = None
     try:
@@ -249,7 +251,7 @@ def drive_steps(graph: ExecutableGraph[Any], session: Session, dry: bool) -> Gen
         return stop.value
 
 
-def drive_batched(graph: ExecutableGraph[Any], session: Session) -> Generator[tuple[Block, Any], Any, Result]:
+def drive_batched(graph: ExecutableGraph[Any], session: Stepping[Done]) -> Batched[Done]:
     """Run a session that is one of a batch: what blocks want computed with that of others is yielded, with the block."""
     outputs: Result | None = None
     try:
@@ -271,7 +273,7 @@ def drive_batched(graph: ExecutableGraph[Any], session: Session) -> Generator[tu
         return stop.value
 
 
-def _of_block(block: Block, requests: Generator[Any, Any, Result]) -> Generator[tuple[Block, Any], Any, Result]:
+def _of_block(block: Block, requests: Generator[Any, Any, Result]) -> Batched[Result]:
     answer: Any = None
     try:
         while True:
@@ -284,7 +286,7 @@ def _of_block(block: Block, requests: Generator[Any, Any, Result]) -> Generator[
         requests.close()
 
 
-def together(runs: Sequence[Generator[tuple[Block, Any], Any, Done]]) -> list[Done]:
+def together(runs: Sequence[Batched[Done]]) -> list[Done]:
     """Run `drive_batched` of several sessions side by side, each in a context of its own; results in order.
 
     Each goes on until it wants something of a block; what they want of one block is computed at once. A block that

@@ -12,11 +12,11 @@ from wg_core.assembly.contract import contract_of
 from wg_core.assembly.models import ContractEntry, StageEntry
 from wg_core.errors import ConfigError, OutputContractError
 from wg_core.execution.context import FRAME, RunOptions
-from wg_core.execution.drive import Session
+from wg_core.execution.drive import Stepping
 from wg_core.execution.executable_graph import Spec
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.remote import Remote, remote_child
-from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, listen, usage_since
+from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, usage_of, usage_since
 from wg_core.state.state import State
 
 
@@ -37,30 +37,26 @@ class RemoteStage(Stage):
         self.remote = remote
         remote.hooks = self.hooks
 
-    def step(
-        self,
-        state: State,
-        *,
-        world: Any = None,
-        action: str | None = None,
-        schema: Mapping[str, Any] | None = None,
-        events: bool = False,
-        **options: Any,
-    ) -> StageResult:
-        """As `Stage.step`. A stage that would not run is not asked; only declared blocks are taken over.
+    def stepping(
+        self, state: State, sources: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Stepping[StageResult], AbstractContextManager[Any], RunOptions]:
+        """As `Stage.stepping`. A stage that would not run is not asked; only declared blocks are taken over.
 
         Raises: RemoteError, OutputContractError.
         """
+        return self._asked(state, sources, options), nullcontext(), self._chosen(options)
+
+    def _asked(self, state: State, sources: Mapping[str, Any], options: Mapping[str, Any]) -> Stepping[StageResult]:
+        yield from ()  # one call to elsewhere, no node of its own
         reason = self.why_not(state)
         if reason:
             return StageResult(state, False, reason)
-        offered = {"state": state.to_json(), "world": world, "action": action, "schema": schema}
         wanted = {e["key"] for e in self.remote.get_input_spec()}
-        frame = FRAME.get()
-        before = {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
-        heard = listen(options) if events else []
-        started = time.perf_counter()
+        offered = {"state": state.to_json(), **sources}
         given = {k: v for k, v in offered.items() if k in wanted and v is not None}
+        frame = FRAME.get()
+        before = usage_of(frame)
+        started = time.perf_counter()
         after: Any = self.remote.run(given, **options)["state"]
         seconds = time.perf_counter() - started
         made = after if isinstance(after, State) else State.of(after)
@@ -76,16 +72,7 @@ class RemoteStage(Stage):
             )
         for block in self.writes:
             state = state.put(block, made.get(block))
-        return StageResult(state, True, "", seconds, usage_since(frame, before), events=heard)
-
-    def _opened(
-        self, inputs: Mapping[Any, Any] | None, options: Mapping[str, Any]
-    ) -> tuple[Session, AbstractContextManager[Any], RunOptions]:
-        def whole() -> Session:
-            yield from ()  # one call to elsewhere, no node of its own
-            return self.run(inputs, **options)
-
-        return whole(), nullcontext(), self._chosen(options)
+        return StageResult(state, True, "", seconds, usage_since(frame, before))
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         placeholder = self.remote.dry_run(inputs, **options)["state"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from wg_core.assembly.build import Build, fill_level
 from wg_core.assembly.models import StageEntry
 from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputError, did_you_mean
 from wg_core.execution.context import FRAME, Event, Frame, RunOptions
-from wg_core.execution.drive import Session
+from wg_core.execution.drive import Session, Stepping, drive
 from wg_core.execution.executable_graph import Spec
 from wg_core.levels.graph import Graph
 from wg_core.levels.pipeline import Nested, Pipeline, here_or_there
@@ -200,18 +200,30 @@ class Stage(Nested[Pipeline | Remote]):
         `world` is a read-only view of the content; with `events` the result has all events of the run. Raises:
         OutputContractError if a declared block stays empty.
         """
+        heard = listen(options) if events else []
+        stepping, modes, chosen = self.stepping(state, {"world": world, "action": action, "schema": schema}, options)
+        with modes:
+            return replace(drive(self, stepping, chosen.dry_run), events=heard)
+
+    def stepping(
+        self, state: State, sources: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Stepping[StageResult], AbstractContextManager[Any], RunOptions]:
+        """`step` as a session for a driver, the modes that its blocks run in, and its options."""
         reason = self.why_not(state)
         if reason:
-            return StageResult(state, False, reason)
-        inputs = self._given(state, {"world": world, "action": action, "schema": schema})
-        frame = FRAME.get()
-        before = {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
-        heard = listen(options) if events else []
-        started = time.perf_counter()
-        outputs = super().run(inputs, **options)
-        seconds = time.perf_counter() - started
-        captured = {key: outputs[key] for key in options.get("capture", ())}
-        return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before), captured, heard)
+            return at_once(StageResult(state, False, reason)), nullcontext(), self._chosen(options)
+        session, modes, chosen = super()._opened(self._given(state, sources), options)
+
+        def whole() -> Stepping[StageResult]:
+            frame = FRAME.get()
+            before = usage_of(frame)
+            started = time.perf_counter()
+            outputs = yield from session
+            seconds = time.perf_counter() - started
+            captured = {key: outputs[key] for key in chosen.capture if key in outputs}
+            return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before), captured)
+
+        return whole(), modes, chosen
 
     def _given(self, state: State, sources: Mapping[str, Any]) -> dict[str, Any]:
         """What the pipelines are given."""
@@ -237,14 +249,10 @@ class Stage(Nested[Pipeline | Remote]):
         self, inputs: Mapping[Any, Any] | None, options: Mapping[str, Any]
     ) -> tuple[Session, AbstractContextManager[Any], RunOptions]:
         """The pipelines' session between the two mappings; pieces of a stream are keyed by pipeline output."""
-        state, sources = _state_of(inputs)
-        ready = not self.why_not(state)
-        session, modes, chosen = super()._opened(self._given(state, sources) if ready else {}, options)
+        stepping, modes, chosen = self.stepping(*_state_of(inputs), options)
 
         def whole() -> Session:
-            outputs = (yield from session) if ready else {}
-            captured = {key: outputs[key] for key in chosen.capture if key in outputs}
-            return {"state": self._written(state, outputs) if ready else state, **captured}
+            return _common((yield from stepping))
 
         return whole(), modes, chosen
 
@@ -267,8 +275,7 @@ class Stage(Nested[Pipeline | Remote]):
     def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """The common contract: `{"state", "world"?, "action"?, "schema"?}` in, `{"state"}` out."""
         state, sources = _state_of(inputs)
-        result = self.step(state, **sources, **options)
-        return {"state": result.state, **result.captured}
+        return _common(self.step(state, **sources, **options))
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Check the mapping and walk the pipelines with placeholders; gives the written blocks' placeholders."""
@@ -379,11 +386,27 @@ def _entry(key: str, type_name: str, required: bool) -> Spec:
     }  # fmt: skip
 
 
+def _common(result: StageResult) -> dict[str, Any]:
+    """A result as the common contract has it."""
+    return {"state": result.state, **result.captured}
+
+
+def at_once(result: StageResult) -> Stepping[StageResult]:
+    """A session without any call."""
+    yield from ()
+    return result
+
+
 def listen(options: dict[str, Any]) -> list[Event]:
     """The list that all events of a run with these options come to."""
     heard: list[Event] = []
     options["callbacks"] = (*options.get("callbacks", ()), heard.append)
     return heard
+
+
+def usage_of(frame: Frame | None) -> dict[str, dict[str, float]]:
+    """Model use in a run's ledger up to now."""
+    return {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
 
 
 def usage_since(frame: Frame | None, before: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -29,15 +29,27 @@ from wg_core.errors import (
 from wg_core.execution.block import Block
 from wg_core.execution.budget import checked_limits
 from wg_core.execution.calls import CallLog
-from wg_core.execution.context import FRAME, Event, Frame, Hook, RunOptions, add_rows, derive_seed, hears
+from wg_core.execution.context import (
+    FRAME,
+    Event,
+    Frame,
+    Hook,
+    RunOptions,
+    add_rows,
+    derive_seed,
+    drained,
+    hears,
+    whole,
+)
 from wg_core.execution.drawing import Drawing, draw_cycle
+from wg_core.execution.drive import Stepping, drive
 from wg_core.execution.executable_graph import Node
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.end_world import EndWorld, end_world_folders, find_end_world, linked_end_worlds
 from wg_core.levels.example import example_state
 from wg_core.levels.flow import Flow, step_budget, with_budget
 from wg_core.levels.replay import Replay, read_calls, replay
-from wg_core.levels.stage import Stage, StageResult, why_not
+from wg_core.levels.stage import Stage, why_not
 from wg_core.levels.training import Trained
 from wg_core.levels.world_checks import world_issues
 from wg_core.levels.written import Written
@@ -478,6 +490,19 @@ class World(Trained, Written):
 
         Raises: NodeExecutionError, OutputContractError, and NodeError for an unknown role.
         """
+        node, chosen = self.places().get(role), options or {}
+        training = bool(chosen.get("training"))
+        with nullcontext() if node is None else node.child.modes_for(training and node.trainable):
+            return drive(self.driven(role), self.stage_session(role, flow, hooks, chosen), False)
+
+    def driven(self, role: str) -> Stage:
+        """What a driver of `stage_session` needs; World update has no stage, and its session no call."""
+        return cast(Stage, self.stages.get(role))
+
+    def stage_session(
+        self, role: str, flow: Flow, hooks: Sequence[Hook], options: Mapping[str, Any]
+    ) -> Stepping[Flow]:
+        """`run_stage` as a session for a driver, which sets the modes of the blocks."""
         if role not in self._next:
             raise NodeError(f"world {self.world_id!r} has no stage {role!r}; {did_you_mean(role, self._next)}")
         if flow.state and self._next.get(UPDATE) == role and role != UPDATE:
@@ -493,7 +518,10 @@ class World(Trained, Written):
                 update={**known["flow"], "stages": [*flow.stages, StageRecord.model_validate(known["record"])]}
             )
         else:
-            after = self._update(flow) if role == UPDATE else self._run_stage(role, flow, all_hooks, options or {})
+            if role == UPDATE:
+                after = self._update(flow)
+            else:
+                after = yield from self._run_stage(role, flow, all_hooks, options)
             record = after.stages[-1]
             if record.ran:
                 changed = after.model_dump(mode="json", include={"state", "content", "applied", "dropped", "calls"})
@@ -574,10 +602,20 @@ class World(Trained, Written):
         Raises: SnapshotConflictError if `snapshot` is not the head, and what the stages raise.
         """
         options = with_budget(options)
-        flow = self.begin(state=state, action=action, seed=seed, parent=snapshot)
+
+        def alone(role: str, flow: Flow) -> Generator[Any, Any, Flow]:
+            return whole(lambda: self.run_stage(role, flow, hooks=hooks, options=options))
+
+        return drained(self.stepping(alone, hooks, state=state, action=action, seed=seed, parent=snapshot))
+
+    def stepping(
+        self, run: Callable[[str, Flow], Generator[Any, Any, Flow]], hooks: Sequence[Hook], **beginning: Any
+    ) -> Generator[Any, Any, Snapshot]:
+        """A step in which `run` runs each stage, and may pause; a step that fails or is closed gives the lease back."""
+        flow = self.begin(**beginning)
         try:
             for role in self.cycle:
-                flow = self.run_stage(role, flow, hooks=hooks, options=options)
+                flow = yield from run(role, flow)
         except BaseException:
             self.abandon(flow)
             raise
@@ -739,7 +777,9 @@ class World(Trained, Written):
     def _state(self, blocks: Mapping[Any, Any]) -> State:
         return State.of(blocks, schema=self.state_schema)
 
-    def _run_stage(self, role: str, flow: Flow, hooks: Sequence[Hook], options: Mapping[str, Any]) -> Flow:
+    def _run_stage(
+        self, role: str, flow: Flow, hooks: Sequence[Hook], options: Mapping[str, Any]
+    ) -> Stepping[Flow]:
         stage = self.stages[role]
         content, state = self.content(flow.content), self._state(flow.state)
         step_seed, calls = derive_seed(flow.seed, flow.step), CallLog()
@@ -753,12 +793,9 @@ class World(Trained, Written):
         }
         settings["extra"] = {"step": flow.step, **cast("dict[str, Any]", options.get("extra") or {})}
         with self._calling(role, RunOptions(**settings)):
-            result: StageResult = stage.step(
-                state,
-                world=self._view(content),
-                action=flow.action,
-                schema=self.schema_for(stage.writes[0], content, state, seed=step_seed),
-            )
+            schema = self.schema_for(stage.writes[0], content, state, seed=step_seed)
+            sources = {"world": self._view(content), "action": flow.action, "schema": schema}
+            result = yield from stage.stepping(state, sources, {})[0]
         record = StageRecord(
             role=role,
             ran=result.ran,
@@ -776,13 +813,11 @@ class World(Trained, Written):
 
     @contextmanager
     def _calling(self, role: str, options: RunOptions) -> Generator[Frame]:
-        """The frame in which the world calls a stage, with the stage's blocks in the mode for it."""
-        node = self.places()[role]
-        frame = self.opened(node, options, None)
+        """The frame in which the world calls a stage."""
+        frame = self.opened(self.places()[role], options, None)
         token = FRAME.set(frame)
         try:
-            with node.child.modes_for(frame.options.training):
-                yield frame
+            yield frame
         finally:
             FRAME.reset(token)
 
@@ -815,8 +850,9 @@ class World(Trained, Written):
         for role, given in inputs.items():
             if role not in self.stages:
                 raise NodeError(f"world {self.world_id!r} has no stage {role!r}; {did_you_mean(role, self.stages)}")
-            with self._calling(role, RunOptions(**options)) as frame:
-                self.stages[role].run(given)
+            stage = self.stages[role]
+            with self._calling(role, RunOptions(**options)) as frame, stage.modes_for(frame.options.training):
+                stage.run(given)
             captured.update(frame.captured)
         missing = [key for key in options.get("capture", ()) if key not in captured]
         if missing:
