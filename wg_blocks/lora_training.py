@@ -46,7 +46,7 @@ class LoraSettings(BaseModel):
     held_out: float = Field(default=0.2, gt=0, lt=1)
     rank: int = Field(default=8, ge=1, le=512)
     alpha: float | None = Field(default=None, gt=0)
-    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
+    targets: tuple[str, ...] = Field(default=("role:llm",), min_length=1)
     modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1)
     per_stage: bool = False
     steps: int | None = Field(default=None, ge=1)

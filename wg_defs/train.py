@@ -162,7 +162,11 @@ def _train(
             "base": {"world": base.world_id, "config_hash": base_hash, "models": json.dumps(base.models())},
             "examples": {k: summary[k] for k in ("hash", "rows", "train", "held_out")}, "code_version": code_version(),
         },
-        {"wg/steps": "..".join(map(str, summary["steps"])), "wg/base_hash": base_hash, "wg/examples": summary["hash"], **tags},
+        {
+            "wg/steps": "..".join(map(str, summary["steps"])),
+            "wg/snapshots": "..".join(base.store.get(base.world_id, step).id for step in summary["steps"]),
+            "wg/base_hash": base_hash, "wg/examples": summary["hash"], **tags,
+        },
     )  # fmt: skip
     status = "FAILED"
     try:

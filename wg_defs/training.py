@@ -31,7 +31,9 @@ class Training(dg.Config):
     held_out: float = Field(default=0.2, description="Share of the steps that is not trained on.")
     rank: int = Field(default=8, description="Rank of the adapters.")
     alpha: float | None = Field(default=None, description="Their scale; twice the rank where it is left out.")
-    targets: list[str] = Field(default=["*"], description="Blocks to adapt: globs over paths, stage:GLOB or role:GLOB.")
+    targets: list[str] = Field(
+        default=["role:llm"], description="Blocks to adapt: globs over paths, stage:GLOB or role:GLOB."
+    )
     modules: list[str] = Field(default=["all-linear"], description="Layers to adapt.")
     per_stage: bool = Field(default=False, description="Adapters of its own for each stage.")
     steps: int | None = Field(default=None, description="Updates; every example is learned twice where it is left out.")

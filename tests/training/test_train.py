@@ -109,6 +109,7 @@ def test_train_from_the_command_line(at_home: Tiny, calm: dict[str, Any]) -> Non
     client = tracker_of().client()
     run = client.get_run(made["mlflow"]["run_id"])
     assert run.info.status == "FINISHED" and run.data.tags["wg/steps"] == "0..9"
+    assert run.data.tags["wg/snapshots"] == "..".join(base.store.get("tide", step).id for step in (0, 9))
     for name in ("training.lr", "lora.rank", "base.config_hash", "examples.hash", "code_version"):
         assert run.data.params[name]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
