@@ -145,6 +145,10 @@ class ToolLimitError(ToolError):
     """A tool's argument names a path or host that the tool may not reach, or its limits cannot be held to."""
 
 
+class ProfilerBusyError(WGError, RuntimeError):
+    """A profile was asked for while another one is taken."""
+
+
 class NodeExecutionError(WGError, RuntimeError):
     """A block failed; names path, iteration and input kinds, with the original error as `__cause__`."""
 

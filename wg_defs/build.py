@@ -34,7 +34,7 @@ def build(
     checks: list[dg.AssetChecksDefinition] = []
     jobs: list[dg.JobDefinition] = []
     for file in worlds:
-        steps = step_assets(file)
+        steps = step_assets(file, root)
         assets.append(steps)
         checks.append(chain_check(file))
         jobs += [evolve_job(file, steps), add_steps_job(file)]

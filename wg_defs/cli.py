@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,12 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from wg_core.errors import ConfigError, CorruptSnapshotError, did_you_mean
+from wg_core.structure.ids import safe_path
 from wg_defs.cli_training import training_app
 from wg_defs.verbs import FAILED, OK, Json, WorldName, err, find, open_world, out, print_json, verb
 
 if TYPE_CHECKING:
     from wg_core import World
     from wg_core.state.store import Snapshot
+    from wg_core.weights.profiling import NodeTime
+
+Profiled = Annotated[bool, typer.Option("--profile", help="Write where the time goes: a profiler's file and a table of nodes.")]
+Profiler = Annotated[Literal["cpu", "torch"], typer.Option(help="cProfile, or PyTorch's profiler with its operators.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Generative worlds.")
 models_app = typer.Typer(no_args_is_help=True, help="The model store: list, pull, verify.")
@@ -193,11 +198,15 @@ def run(
         str | None,
         typer.Option(metavar="LIMITS", help="What all steps may ask of models: calls=N,tokens=N,cost=X."),
     ] = None,
+    profile: Profiled = False,
+    profiler: Profiler = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the whole cycle; no model, no snapshot.")] = False,
     as_json: Json = False,
 ) -> int:
     """Step a world here, with live progress."""
     from wg_core.execution.budget import Budget
+    from wg_core.state.home import home
+    from wg_core.weights.profiling import Profile
 
     limits = limits_of(budget)
     opened = open_world(world)
@@ -216,18 +225,34 @@ def run(
     made: list[dict[str, Any]] = []
     whole = Budget(limits) if limits else None
     for i in range(steps):
-        with progress(opened.title, None if as_json else out) as hook:
+        found = Profile(profiler) if profile else None
+        with progress(opened.title, None if as_json else out) as hook, found or nullcontext():
             snapshot = opened.step(
-                action=action if i == 0 else None, state=given if i == 0 else None, seed=seed, hooks=(hook,),
-                budget=whole,
+                action=action if i == 0 else None, state=given if i == 0 else None, seed=seed,
+                hooks=(hook, *([found] if found else [])), budget=whole,
             )  # fmt: skip
+        file = found.write(safe_path(home(), "profiles", opened.world_id, f"{snapshot.step:06d}"), "step") if found else None
         if as_json:
-            made.append(summary(opened, snapshot))
+            looked = {"profile": {"file": str(file), "nodes": [*map(asdict, found.table())]}} if found else {}
+            made.append(summary(opened, snapshot) | looked)
         else:
             print_step(opened, snapshot)
+            if found is not None:
+                print_profile(found.table(), str(file))
     if as_json:
         print_json({"world": opened.world_id, "steps": made})
     return OK
+
+
+def print_profile(nodes: "Sequence[NodeTime]", file: str, most: int = 15) -> None:
+    """Which nodes took the time, and where the profiler's file lies."""
+    table = Table("node", box=None, pad_edge=False)
+    for name in ("calls", "seconds", "own"):
+        table.add_column(name, justify="right")
+    for node in nodes[:most]:
+        table.add_row(node.path, str(node.calls), f"{node.seconds:.3f}", f"{node.own:.3f}")
+    out.print(table)
+    out.print(f"Profile: {file}", markup=False)
 
 
 def limits_of(budget: str | None) -> dict[str, float]:
@@ -355,6 +380,8 @@ def evolve(
     budget: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="What each step may ask of models: calls=N,tokens=N,cost=X.")
     ] = None,
+    profile: Profiled = False,
+    profiler: Profiler = "cpu",
     as_json: Json = False,
 ) -> int:
     """Step a world through Dagster, models kept loaded; each step is a run on the page."""
@@ -374,8 +401,9 @@ def evolve(
             out.print(f"run {done.run_id}", markup=False)
 
     done = work(
-        opened.world_id, steps, until=until, action=action, seed=seed, budget=limits, folders=[path], on_step=show
-    )
+        opened.world_id, steps, until=until, action=action, seed=seed, budget=limits, profile=profiler if profile else None,
+        folders=[path], on_step=show,
+    )  # fmt: skip
     if as_json:
         print_json({"world": opened.world_id, "steps": [d.to_dict() for d in done]})
     return OK if all(d.ok for d in done) else FAILED

@@ -9,6 +9,7 @@ import dagster as dg
 from wg_core.errors import ConfigError
 from wg_core.execution.budget import checked_limits
 from wg_core.state.forms import BLOCKS
+from wg_core.weights.profiling import KINDS
 
 LONGEST_ACTION = 20_000
 LARGEST_STATE_FILE = 16 * 2**20
@@ -26,6 +27,7 @@ class Launch(dg.Config):
     initial_state: dict[str, Any] | None = None
     seed: int | None = None
     budget: dict[str, float] | None = None
+    profile: str | None = None
     dry_run: bool = False
 
 
@@ -54,6 +56,12 @@ def launch_mapping(begin_op: str) -> dg.ConfigMapping:
             description="What the step may ask of models at most; a call that would exceed it is refused. Left out: "
             "the limits of the world's file.",
         ),
+        "profile": dg.Field(
+            dg.ScalarUnion(scalar_type=bool, non_scalar_schema={"kind": dg.Enum("Profiler", [*map(dg.EnumValue, KINDS)])}),
+            default_value=False,
+            description="Look where each stage's time goes: true (or kind cpu) writes files for pstats, kind torch traces of "
+            "PyTorch's operators; the seconds of all nodes are shown with each stage. The results stay the same.",
+        ),
         "dry_run": dg.Field(
             bool,
             default_value=False,
@@ -76,6 +84,8 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         values["action"] = action
     if seed is not None:
         values["seed"] = seed
+    if profile := given.get("profile"):
+        values["profile"] = "cpu" if profile is True else profile["kind"]
     if budget:
         values["budget"] = {name: float(limit) for name, limit in budget.items()}
     if state is not None:

@@ -135,6 +135,16 @@ def node_table(nodes: Sequence[tuple[str, float]], most: int = 200) -> dict[str,
     return {"nodes": dg.MetadataValue.table(rows)}
 
 
+def profile(nodes: Sequence[Any], file: Path, most: int = 200) -> dict[str, dg.MetadataValue]:
+    """What a profile found: the seconds of each node, those that took the most by themselves first, and its file."""
+    rows = [
+        dg.TableRecord({"node": n.path, "calls": n.calls, "seconds": round(n.seconds, 4), "own_seconds": round(n.own, 4)})
+        for n in nodes[:most]
+    ]
+    table = {"profile": dg.MetadataValue.table(rows)} if rows else {}
+    return {**table, "profile_file": dg.MetadataValue.path(str(file))}
+
+
 def stage_table(records: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
     """The stages of a step, one row each."""
     rows = [

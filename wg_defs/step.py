@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -11,6 +12,7 @@ from resources.mlflow_tracker import MlflowTracker
 from resources.worlds import WorldPool
 from wg_core.errors import ApiRateLimitError, ApiTimeoutError, OutputContractError, SnapshotConflictError, WGError
 from wg_core.state.canonical import sha256_json
+from wg_core.structure.ids import safe_path
 from wg_defs import metadata as md
 from wg_defs.instance import PROCESS_TAG, pool_name, prepare, process_tag, reap
 from wg_defs.launch import Launch, launch_mapping
@@ -25,10 +27,13 @@ PASSING = (ApiRateLimitError, ApiTimeoutError)
 """Errors that a second try may not see."""
 
 
-def step_assets(file: WorldFile) -> dg.AssetsDefinition:
-    """The assets of a world, all made by one graph: `[world, stage]` for each stage, and `[world, snapshot]`."""
+def step_assets(file: WorldFile, root: Path) -> dg.AssetsDefinition:
+    """The assets of a world, all made by one graph: `[world, stage]` for each stage, and `[world, snapshot]`.
+
+    Profiles that a launch asks for are written below `root`.
+    """
     begin = _begin_op(file)
-    stages = {role: _stage_op(file, role) for role in file.roles}
+    stages = {role: _stage_op(file, role, root) for role in file.roles}
     snapshot = _snapshot_op(file)
     contracts = {role: contract_spec(file.world_id, role) for role in file.roles}
     names = [*file.roles, "snapshot"]
@@ -103,7 +108,7 @@ def _begin_op(file: WorldFile) -> dg.OpDefinition:
             return
         params = {"action": config.action, "seed": flow.seed, "config_hash": flow.config_hash, "world_file": file.path}
         tracking = tracker.start(file.world_id, step, context.run.run_id, params)
-        yield dg.Output({"flow": flow.model_dump(mode="json"), "tracking": tracking}, "flow")
+        yield dg.Output({"flow": flow.model_dump(mode="json"), "tracking": tracking, "profile": config.profile}, "flow")
 
     return begin
 
@@ -183,7 +188,7 @@ def hold(world: "World", flow: "Flow") -> "Flow":
     return flow
 
 
-def _stage_op(file: WorldFile, role: str) -> dg.OpDefinition:
+def _stage_op(file: WorldFile, role: str, root: Path) -> dg.OpDefinition:
     key = dg.AssetKey([file.world_id, role])
 
     @dg.op(
@@ -194,15 +199,16 @@ def _stage_op(file: WorldFile, role: str) -> dg.OpDefinition:
     )
     def stage(context: dg.OpExecutionContext, flow: dict[str, Any], worlds: WorldPool, tracker: MlflowTracker):
         from wg_core.levels.flow import Flow
+        from wg_core.weights.profiling import Profile
 
         world = worlds.world(file.path)
-        tracking = flow["tracking"]
+        tracking, profile = flow["tracking"], Profile(flow["profile"]) if flow.get("profile") else None
         before = Flow.model_validate(flow["flow"])
         tags = {"dagster/run_id": context.run.run_id, "wg/world": file.world_id, "wg/step": context.partition_key}
         try:
-            with failures(context), tracker.stage(tracking, role, tags) as calls:
+            with failures(context), tracker.stage(tracking, role, tags) as calls, profile or nullcontext():
                 before = hold(world, before)
-                after = world.run_stage(role, before, hooks=[calls])
+                after = world.run_stage(role, before, hooks=[calls, *([profile] if profile else [])])
         except BaseException as failure:
             world.abandon(before)
             tracker.finish(tracking, "FAILED", {}, step_of(context.partition_key), {"wg/failed_stage": role})
@@ -213,6 +219,9 @@ def _stage_op(file: WorldFile, role: str) -> dg.OpDefinition:
         data = after.model_dump(mode="json")
         record = data["stages"][-1]
         shown = md.record_metadata(record) | _blocks_shown(record, data["state"], world) | md.node_table(calls.nodes)
+        if profile is not None:
+            folder = safe_path(root, "profiles", file.world_id, context.partition_key, context.run.run_id[:8])
+            shown |= md.profile(profile.table(), profile.write(folder, role))
         if calls.trace_id:
             shown["mlflow_trace_id"] = dg.MetadataValue.text(calls.trace_id)
         if calls.error:
@@ -220,7 +229,7 @@ def _stage_op(file: WorldFile, role: str) -> dg.OpDefinition:
         yield dg.AssetCheckResult(
             passed=True, asset_key=key, check_name="contract", metadata={"reason": record.get("reason") or "ran"}
         )
-        yield dg.Output({"flow": data, "tracking": tracking}, "flow")
+        yield dg.Output({**flow, "flow": data}, "flow")
         yield dg.Output(
             {"record": record, "state": data["state"]},
             "asset",

@@ -43,6 +43,7 @@ def evolve(
     action: str | None = None,
     seed: int | None = None,
     budget: Mapping[str, float] | None = None,
+    profile: str | None = None,
     folders: Sequence[Path] | None = None,
     root: Path | None = None,
     instance: dg.DagsterInstance | None = None,
@@ -51,7 +52,7 @@ def evolve(
 ) -> list[Evolved]:
     """Run the next `steps` steps of a world one after the other, or all up to step `until`; stop at a failure.
 
-    `action` and `seed` belong to the first of them, `budget` (`{calls, tokens, cost}`) to each. Every step is a run of
+    `action` and `seed` belong to the first of them, `budget` (`{calls, tokens, cost}`) and `profile` to each. Every step is a run of
     the job `<world>__evolve` on the instance that the page shows; `on_step` is called after each. Values and tracking
     lie below `root` (`WG_HOME`).
 
@@ -78,6 +79,7 @@ def evolve(
         for number in range(steps):
             asked: dict[str, Any] = {"action": action, "seed": seed} if number == 0 else {}
             asked |= {"budget": dict(budget)} if budget else {}
+            asked |= {"profile": {"kind": profile}} if profile else {}
             done.append(_one(job, on, file.world_id, last_step(world) + 1, asked))
             if on_step is not None:
                 on_step(done[-1])

@@ -54,6 +54,17 @@ def test_run_history_show_verify(project: Path) -> None:
     assert document(wg("verify", "isle", "--json")) == {"world": "isle", "snapshots": 2, "problems": []}
 
 
+def test_run_may_say_where_the_time_goes(project: Path) -> None:
+    """04 X-24: a file for pstats below `WG_HOME`, and a table of nodes."""
+    file = project / ".wg/profiles/isle/000000/step.prof"
+    said = wg("run", "isle", "--profile").stdout
+    assert said.splitlines()[-1] == f"Profile: {file}" and file.stat().st_size > 1000
+    assert "isle/development" in said and "own" in said
+    (made,) = document(wg("run", "isle", "--profile", "--json"))["steps"]
+    assert Path(made["profile"]["file"]).parent.name == "000001" and made["profile"]["nodes"][0]["own"] > 0
+    assert wg("run", "isle", "--profile", "--profiler", "gpu").exit_code == 2
+
+
 def test_run_json_is_one_document(project: Path) -> None:
     made = document(wg("run", "worlds/isle.yaml", "--steps", "2", "--json"))
     assert [s["step"] for s in made["steps"]] == [0, 1]
