@@ -114,16 +114,23 @@ class Context(Block):
 
 
 def render(value: Any) -> str:
-    """A value as readable text: lists as bullet lines, dicts as `key: value` lines, anything deeper as JSON."""
+    """A value as readable text: lists as bullet lines, dicts as `key: value` lines, anything deeper as JSON.
+
+    What a view or a description says of something (`{text, source}`, `{text, artifact_id, facts}`) is its text.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        if isinstance(value.get("text"), str) and set(value) <= {"text", "source"}:
+        if _is_told(value):
             return value["text"]
         return "\n".join(f"{_key(k)}: {_short(v)}" for k, v in value.items())
     if isinstance(value, Sequence):
         return "\n".join(f"- {_short(item)}" for item in value)
     return _short(value)
+
+
+def _is_told(value: Mapping[Any, Any]) -> bool:
+    return isinstance(value.get("text"), str) and set(value) <= {"text", "source", "artifact_id", "facts"}
 
 
 def _key(key: Any) -> str:
@@ -134,7 +141,7 @@ def _short(value: Any) -> str:
     """One line for one value."""
     if isinstance(value, str):
         return " ".join(value.split())
-    if isinstance(value, Mapping) and isinstance(value.get("text"), str) and set(value) <= {"text", "source"}:
+    if isinstance(value, Mapping) and _is_told(value):
         return " ".join(value["text"].split())
     if isinstance(value, bool) or value is None or isinstance(value, (Mapping, Sequence)):
         return json.dumps(value, ensure_ascii=False, default=str)

@@ -35,7 +35,9 @@ def train(
     alpha: Annotated[float | None, typer.Option(help="Their scale; twice the rank unless given.")] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option(help="Blocks to adapt: globs over paths, stage:GLOB or role:GLOB (role:llm unless given); may be repeated."),
+        typer.Option(
+            help="Blocks to adapt: globs over paths, stage:GLOB or role:GLOB (role:llm unless given); may be repeated."
+        ),
     ] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Layers to adapt: globs, or all-linear.")] = None,
     per_stage: Annotated[bool, typer.Option("--per-stage", help="Adapters of its own for each stage.")] = False,

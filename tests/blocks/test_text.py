@@ -69,6 +69,8 @@ def test_lists_become_bullets_and_dicts_lines() -> None:
         'name: Mara\nage: 41\ntags: ["a"]\n"odd: key": true'
     )
     assert fill("{{ d }}", {"d": {"text": "only this", "source": "s"}}) == "only this"
+    seen = {"artifact_id": "ab" * 32, "facts": {"land_share": 0.25}, "text": "Land covers 25% of the map."}
+    assert fill("{{ seen }}", {"seen": [seen]}) == "- Land covers 25% of the map."
     assert fill("{{ n }} {{ m }}", {"n": 3, "m": 0.1}) == "3 0.1"
     assert render([]) == ""
 
