@@ -8,6 +8,8 @@ BLOCKS = {
     "llm/hf": "wg_blocks.llm_local:CausalLM",
     "llm/fake": "wg_blocks.llm_fake:FakeLLM",
     "llm/api": "wg_blocks.api.llm:ApiLLM",
+    "llm/openai": "wg_blocks.api.llm:OpenAILLM",
+    "llm/anthropic": "wg_blocks.api.llm:AnthropicLLM",
     "vlm/api": "wg_blocks.api.vlm:ApiVLM",
     "embedding/minilm": "wg_blocks.embedding_local:SentenceEmbedding",
     "embedding/api": "wg_blocks.api.embedding:ApiEmbedding",
@@ -26,6 +28,7 @@ BLOCKS = {
     "maker/dispatch": "wg_blocks.maker:Dispatch",
     "backbone/toy": "wg_blocks.toy:ToyBackbone",
     "codec/toy": "wg_blocks.toy:ToyCodec",
+    "conditioner/vlm": "wg_blocks.vlm_conditioner:VLMConditioner",
     "conditioner/toy": "wg_blocks.toy:ToyConditioner",
     "tokenizer/bytes": "wg_blocks.tokens:ByteTokenizer",
     "initializer/noise": "wg_blocks.sampling:Noise",
@@ -38,6 +41,8 @@ BLOCKS = {
     "projection/head": "wg_blocks.head:OutputHead",
     "agent/scripted": "wg_blocks.agent_scripted:ScriptedAgent",
     "agent/llm": "wg_blocks.agent_llm:LLMAgent",
+    "agent/api": "wg_blocks.agent_api:ApiAgent",
+    "agent/react": "wg_blocks.agent_react:ReActAgent",
     "tool/search_content": "wg_blocks.world_tools:SearchContent",
     "tool/read_entity": "wg_blocks.world_tools:ReadEntity",
     "tool/read_chronicle": "wg_blocks.world_tools:ReadChronicle",
@@ -63,7 +68,7 @@ def register(registry: Any) -> None:
     """Register all block types and transports of this package; each class is imported at its first use."""
     for block_type, factory in BLOCKS.items():
         registry.register(block_type, factory)
-        behind_api = BLOCKS.get(f"{block_type.split('/')[0]}/api")
+        behind_api = factory if ".api." in factory else BLOCKS.get(f"{block_type.split('/')[0]}/api")
         if behind_api is not None:
             registry.register(block_type, behind_api, backend="api")
     registry.register("llm/hf", "wg_blocks.llm_gguf:GGUF", backend="llama_cpp")

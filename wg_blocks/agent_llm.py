@@ -180,11 +180,15 @@ class LLMAgent(Agent):
         if not self._spent():
             for tool in self.bound:
                 arguments = copy.deepcopy(dict(tool.parameters))
-                forms.append(_object({"tool": {"type": "string", "const": tool.id}, "arguments": arguments}))
+                forms.append(self.form({"tool": {"type": "string", "const": tool.id}, "arguments": arguments}))
         if not forms or self.calls >= self.min_calls:
-            forms.append(_object({"answer": answer}))
+            forms.append(self.form({"answer": answer}))
         schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
         return {**schema, "$defs": shared} if shared else schema
+
+    def form(self, properties: Mapping[str, Any]) -> dict[str, Any]:
+        """One of the objects that the model may write."""
+        return {"type": "object", "properties": {**properties}, "required": [*properties], "additionalProperties": False}
 
     def _spent(self) -> str:
         """The limit that leaves the model only the answer, if one does."""
@@ -308,10 +312,6 @@ class LLMAgent(Agent):
             )
         self.messages, self.trail = copy.deepcopy(messages), copy.deepcopy(trail)
         self.number, self.calls, self.tokens = counts
-
-
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _request(context: Any) -> list[dict[str, Any]]:

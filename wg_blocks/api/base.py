@@ -99,6 +99,7 @@ class ApiBlock(Block):
     """
 
     config_model: ClassVar[type[ApiConfig]] = ApiConfig
+    default_provider: ClassVar[str | None] = None  # of a type that is named after one
     passes_gradient = False
 
     def __init__(self, block_id: str | None = None, *, config: Mapping[str, Any] | None = None) -> None:
@@ -109,7 +110,8 @@ class ApiBlock(Block):
             told = "; ".join(f"config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"block {self.name!r}: {told}") from None
         api: ApiConfig = self.api
-        if api.provider is None and api.endpoint_url is None:
+        name = api.provider or self.default_provider
+        if name is None and api.endpoint_url is None:
             raise ConfigError(
                 f"block {self.name!r}: model_id {api.model_id!r} needs a provider or an endpoint_url; "
                 f"providers: {', '.join(providers.names())}"
@@ -119,7 +121,7 @@ class ApiBlock(Block):
                 raise ConfigError("endpoint_url env:NAME names an environment variable in capitals")
         elif api.endpoint_url is not None:
             check_url(api.endpoint_url, "endpoint_url", allow_http=api.allow_http or api.api_key_env is None)
-        name = api.provider or "openai"
+        name = name or "openai"
         providers.check(name)
         self.endpoint = Endpoint(
             name, api.endpoint_url, api.api_key_env, json.dumps(api.options, sort_keys=True), api.proxy_from_env

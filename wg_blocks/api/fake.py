@@ -68,18 +68,19 @@ class Fake:
             await tell(piece)
         return Text(text, True, words, len(text.split()))
 
-    async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
+    async def embed(self, model: str, texts: Sequence[Any], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
         """Unit vectors: texts that share words lie near each other."""
         size = int(settings.get("dimensions", 64))
         vectors: list[Any] = []
-        for text in texts:
+        words = [" ".join(map(str, t.values())) if isinstance(t, Mapping) else t for t in texts]
+        for text in words:
             total = [1e-6] * size
             for word in text.lower().split():
                 rng = _random(model, word)
                 total = [t + rng.gauss(0, 1) for t in total]
             length = sum(t * t for t in total) ** 0.5
             vectors.append([t / length for t in total])
-        return vectors, sum(len(t.split()) for t in texts)
+        return vectors, sum(len(t.split()) for t in words)
 
     async def picture(self, picture: Picture) -> tuple[bytes, int, int]:
         """A gradient between two colours of the prompt."""

@@ -86,7 +86,7 @@ class HttpProvider:
     async def chat(self, chat: Chat, tell: Tell | None = None) -> Text:
         self._lacks("chats")
 
-    async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
+    async def embed(self, model: str, texts: Sequence[Any], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
         self._lacks("embeddings")
 
     async def picture(self, picture: Picture) -> tuple[bytes, int, int]:

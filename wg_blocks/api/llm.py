@@ -184,6 +184,18 @@ class ApiLLM(ApiChat):
         return self.complete(inputs, stream=True)
 
 
+class OpenAILLM(ApiLLM):
+    """A language model of OpenAI, or behind any server that speaks its HTTP API: `provider` is `openai` unless said."""
+
+    default_provider = "openai"
+
+
+class AnthropicLLM(ApiLLM):
+    """A language model of Anthropic, or behind a server that speaks Messages: `provider` is `anthropic` unless said."""
+
+    default_provider = "anthropic"
+
+
 def _request(asking: Chat, schema: Any) -> Asking[Text]:
     """A chat as one request."""
     shown = {"messages": [dict(m) for m in asking.messages], "schema": schema, "settings": asking.settings}

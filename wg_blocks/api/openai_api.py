@@ -64,7 +64,7 @@ class OpenAI(HttpProvider):
             return self._chats.read(self, await self.post(self._chats.PATH, self._chats.body(chat)))
         return await self._chats.stream(self, chat, tell)
 
-    async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
+    async def embed(self, model: str, texts: Sequence[Any], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
         body = {"model": model, "input": list(texts), "encoding_format": "float", **settings}
         answer = await self.post("/embeddings", body)
         rows = answer.get("data")

@@ -5,12 +5,12 @@ Source: https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
 from wg_blocks.api.http import HttpProvider, counted
+from wg_blocks.api.pictures import data_url
 from wg_blocks.api.providers import Chat, Tell, Text, ToolCall
 from wg_blocks.api.tool_calls import arguments_text
 
@@ -42,10 +42,6 @@ def body(chat: Chat) -> dict[str, Any]:
     elif chat.form is not None:
         out["response_format"] = {"type": "json_object"}
     return out
-
-
-def data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from wg_blocks.api.http import HttpProvider, counted
-from wg_blocks.api.openai_chat import data_url
+from wg_blocks.api.pictures import data_url
 from wg_blocks.api.providers import Chat, Tell, Text, ToolCall
 from wg_blocks.api.tool_calls import arguments_text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,11 @@ def pngs(value: Any, what: str) -> tuple[list[bytes], bool]:
         raise PortValueError(f"{what} is a finite image [B, 3, H, W], not {array.dtype} {list(array.shape)}")
     pixels = np.rint(np.clip(array.astype(np.float64), 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return [to_png(np.ascontiguousarray(p)) for p in pixels], len(pixels) > 1
+
+
+def data_url(png: bytes) -> str:
+    """A picture as a URL that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def read_picture(data: bytes, what: str) -> NDArray[np.uint8]:

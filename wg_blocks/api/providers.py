@@ -176,8 +176,8 @@ class Provider(Protocol):
         """The whole answer; with `tell` it is streamed and its pieces are told as they come."""
         ...
 
-    async def embed(self, model: str, texts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
-        """Vectors in the order of `texts`, and the tokens that they took."""
+    async def embed(self, model: str, texts: Sequence[Any], settings: Mapping[str, Any]) -> tuple[list[Any], int]:
+        """Vectors in the order of `texts` (or what the server takes beside them), and the tokens that they took."""
         ...
 
     async def picture(self, picture: Picture) -> tuple[bytes, int, int]:
