@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from wg_core import World
 from wg_core.errors import ConfigError, CorruptSnapshotError, ReplayError
 from wg_core.execution.calls import CallLog
 from wg_core.levels.world import ROLES
+from wg_core.state.canonical import canonical_bytes
 
 
 def stub(root: Path, **changes: Any) -> World:
@@ -149,3 +151,10 @@ def test_equal_requests_of_one_place_are_answered_in_order() -> None:
     assert replay.unused == 0
     with pytest.raises(ReplayError, match="a: this request to 'm'"):
         replay.recall("a", "m", {"q": 1})
+
+
+def test_an_answer_reads_as_it_will_in_a_replay() -> None:
+    """03 C-10: a record is stored with sorted keys and lists; who shows an answer in a prompt shows the same."""
+    made = {"answer": {"b": (1, 2), "a": 0}}
+    given, told = CallLog().keep("g/llm", "m", {}, made)["answer"], json.loads(canonical_bytes(made))["answer"]
+    assert list(given.items()) == list(told.items()) == [("a", 0), ("b", [1, 2])]

@@ -46,7 +46,8 @@ class CallLog:
             return found
 
     def keep(self, place: str, model: str, request: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Put an answer, `{answer, ...}`, into the record."""
+        """Put an answer, `{answer, ...}`, into the record; what is given back reads as it will in a replay."""
+        answer = json.loads(json.dumps(answer, sort_keys=True))
         made = {"place": place, "model": model, "request": dict(request), **answer}
         with self._lock:
             self.calls.append(made)
