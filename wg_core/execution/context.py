@@ -6,14 +6,13 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from types import FunctionType, MappingProxyType
+from typing import Any, Protocol, TypeVar, cast
 
 from wg_core.errors import AbortRun, BudgetExceededError, ConfigError, RunTimeoutError
 from wg_core.execution.blobs import BlobStore, MemoryBlobs
@@ -28,8 +27,9 @@ Result = TypeVar("Result")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Event(NamedTuple):
-    """Something that happened in a run, as hooks see it.
+@dataclass(slots=True)
+class Event:
+    """Something that happened in a run, as hooks see it; all are told the same one and leave it as it is.
 
     `kind` is one of run_start, run_end, node_start, node_end, node_error, loop_start, loop_iteration, loop_end,
     tool_start, tool_end, stage_start, stage_end, snapshot, model_call, progress. `path` names the place (`pipeline/graph/node`), `elapsed`
@@ -46,14 +46,19 @@ class Event(NamedTuple):
     outputs: Mapping[str, Any] | None = None
     elapsed: float | None = None
     trace_context: Any = None
-    data: Mapping[str, Any] = NOTHING
+    data: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
 
 
-event_of = cast("Callable[[tuple[Any, ...]], Event]", partial(tuple.__new__, Event))
-"""An event from a tuple of all its fields: a third of the time of `Event(...)`, for what every call of a node tells."""
+_bare_event = cast(
+    "Callable[[], Event]", type("RunEvent", (Event,), {"__slots__": (), "__init__": object.__init__})
+)
+"""An event whose fields are set one by one, in half the time of a constructor that takes eleven."""
 
 Hook = Callable[[Event], None]
 """What is told of events: of all, or of those whose kinds its attribute `kinds` names."""
+
+Teller = Callable[..., None]
+"""Tells hooks of one kind of event: `(node_id, iteration, num_steps, inputs, outputs, elapsed, data)`."""
 
 
 def hears(hook: Hook, kind: str) -> bool:
@@ -107,7 +112,8 @@ class RunOptions:
     resolvers: Resolvers | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", Budget.of(self.budget))
+        if self.budget is not None:
+            object.__setattr__(self, "budget", Budget.of(self.budget))
         if self.tool_errors not in (None, "result", "raise"):
             raise ConfigError(f"tool_errors is 'result' or 'raise', not {self.tool_errors!r}")
         for node_id, chosen in (self.per_node or {}).items():
@@ -164,30 +170,48 @@ class Frame:
         self.watched = bool(self.hooks) or self.checked
 
     def listen(self, hooks: tuple[Hook, ...]) -> None:
-        """Tell these hooks from now on; those of the start and the end of a node are known at once."""
+        """Tell these hooks from now on; who hears of the start and the end of a node is found out at once."""
         self.hooks = hooks
-        self.starts = tuple(h for h in hooks if hears(h, "node_start")) if hooks else ()
-        self.ends = tuple(h for h in hooks if hears(h, "node_end")) if hooks else ()
+        self.starts = self._teller("node_start") if hooks else None
+        self.ends = self._teller("node_end") if hooks else None
+
+    def _teller(self, kind: str) -> Teller | None:
+        heard = [h for h in self.hooks if hears(h, kind)]
+        hooks = [h.__call__ if isinstance(type(h).__call__, FunctionType) else h for h in heard]  # a third faster
+        path, level, trace_context = self.path, self.level, self.options.trace_context
+
+        def told(
+            node_id: str | None = None, iteration: int | None = None, num_steps: int | None = None,
+            inputs: Mapping[str, Any] | None = None, outputs: Mapping[str, Any] | None = None,
+            elapsed: float | None = None, data: Mapping[str, Any] = NOTHING,
+        ) -> None:  # fmt: skip
+            event = _bare_event()
+            event.kind = kind
+            event.path = path if node_id is None else f"{path}/{node_id}"
+            event.level = level
+            event.node_id = node_id
+            event.iteration = iteration
+            event.num_steps = num_steps
+            event.inputs = inputs
+            event.outputs = outputs
+            event.elapsed = elapsed
+            event.trace_context = trace_context
+            event.data = data
+            for hook in hooks:
+                try:
+                    hook(event)
+                except AbortRun:
+                    raise
+                except Exception:
+                    _log.exception("hook %r failed on %s at %s; the run goes on", hook, kind, event.path)
+
+        return told if hooks else None
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell the hooks that hear this kind; a failing one is logged and the run goes on, `AbortRun` stops it."""
-        hooks = [h for h in self.hooks if hears(h, kind)] if self.hooks else ()
-        if not hooks:
-            return
-        node_id = fields.pop("node_id", None)
-        path = f"{self.path}/{node_id}" if node_id is not None else self.path
-        tell(Event(kind, path, self.level, node_id, trace_context=self.options.trace_context, **fields), hooks)
-
-
-def tell(event: Event, hooks: Iterable[Hook]) -> None:
-    """As `Frame.emit`, with an event that is made already and hooks that hear it."""
-    for hook in hooks:
-        try:
-            hook(event)
-        except AbortRun:
-            raise
-        except Exception:
-            _log.exception("hook %r failed on %s at %s; the run goes on", hook, event.kind, event.path)
+        told = self._teller(kind) if self.hooks else None
+        if told is not None:
+            told(**fields)
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("wg_frame", default=None)

@@ -42,6 +42,7 @@ from wg_core.structure.topology import Edge
 Child = TypeVar("Child")
 Spec = dict[str, Any]
 _NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
+_NO_OPTIONS = RunOptions()
 
 
 class Executable(Protocol):
@@ -694,6 +695,8 @@ class ExecutableGraph(Generic[Child]):
     def _chosen(self, options: Mapping[str, Any]) -> RunOptions:
         if self.resolvers is not None:
             options = {"resolvers": self.resolvers, **options}
+        if not options:
+            return _NO_OPTIONS
         try:
             return RunOptions(**options)
         except TypeError as error:
@@ -926,15 +929,15 @@ def _renamed(hyperedge: HyperEdge, old: str, new: str) -> HyperEdge:
 class _Modes:
     """Blocks in the right mode and gradients on or off for the time of a run; everything as before afterwards."""
 
-    def __init__(self, changed: list[tuple[Block, bool]], grad: AbstractContextManager[Any]) -> None:
+    def __init__(self, changed: list[tuple[Block, bool]], torch: Any) -> None:
         self.changed = changed
-        self.grad = grad
+        self.torch = torch
 
     def __enter__(self) -> None:
         for block, mode in self.changed:
             block.training = mode
             block.mode_changed()
-        self.grad.__enter__()
+        self.grad = self.torch.set_grad_enabled(False) if self.torch is not None else nullcontext()
 
     def __exit__(self, *error: Any) -> None:
         self.grad.__exit__(*error)
@@ -946,12 +949,8 @@ class _Modes:
 def modes(blocks: Iterable[Block], trained: Iterable[Block] | None) -> AbstractContextManager[None]:
     """`blocks` in the mode for a run, gradients on or off: in training those of `trained` learn, outside it is None."""
     learn = {id(b) for b in trained or ()}
-    changed = [(b, id(b) in learn) for b in blocks if b.training is not (id(b) in learn)]
-    torch = sys.modules.get("torch")
-    grad: AbstractContextManager[Any] = nullcontext() if torch is None or trained is not None else torch.no_grad()
-    if not changed and torch is None:
-        return nullcontext()
-    return cast(AbstractContextManager[None], _Modes(changed, grad))
+    changed = [(b, id(b) in learn) for b in blocks if (b.training or learn) and b.training is not (id(b) in learn)]
+    return _Modes(changed, sys.modules.get("torch") if trained is None else None)
 
 
 def _trained_blocks(graph: ExecutableGraph[Any]) -> Iterator[Block]:

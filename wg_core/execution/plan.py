@@ -1,7 +1,7 @@
-"""Compile a structure once into a program over slots; running it is then a walk with a program counter.
+"""Compile a structure once into a program over slots; running it is then a walk from step to step.
 
 Every value has a slot in a list. A node step gathers its inputs from slots, calls, and stores its outputs in slots; a
-loop is a jump. What can be decided beforehand (where a value comes from, whether it can be absent, when it is used
+loop is a jump back. What can be decided beforehand (where a value comes from, whether it can be absent, when it is used
 for the last time) is decided here.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from wg_core.execution.block import Block, PortIndex
@@ -40,6 +41,7 @@ class Call:
     sure_outs: int = 0  # how many outputs there are if none is optional, else -1
     free: list[int] = field(default_factory=list[int])
     reads: list[int] = field(default_factory=list[int])
+    then: Op | None = field(default=None, repr=False)
 
 
 @dataclass(slots=True)
@@ -67,19 +69,24 @@ class Loop:
 @dataclass(slots=True)
 class LoopStart:
     loop: Loop
+    then: Op | None = field(default=None, repr=False)
 
 
 @dataclass(slots=True)
 class LoopEnd:
     loop: Loop
+    then: Op | None = field(default=None, repr=False)
+
+
+Op = Call | LoopStart | LoopEnd
 
 
 @dataclass(slots=True)
 class Plan:
-    """A compiled structure."""
+    """A compiled structure; each step of its program knows the one after it, as `then`."""
 
     stamp: Any
-    program: list[Call | LoopStart | LoopEnd]
+    program: list[Op]
     initial: list[Any]
     inputs: dict[str, int]
     required: list[tuple[str, int]]
@@ -182,7 +189,7 @@ class _Compiler:
         self.carry_slot: dict[Edge, int] = {}
         self.loop_of: dict[str, Loop] = {}
         self.loops: list[Loop] = []
-        self.program: list[Call | LoopStart | LoopEnd] = []
+        self.program: list[Op] = []
         self.ports = {n.node_id: graph.ports_of(n) for n in graph.nodes.values()}
         self.inputs: dict[str, int] = {}
         self.input_of: dict[tuple[str, str], int] = {}
@@ -218,6 +225,8 @@ class _Compiler:
                 self._loop(self.loop_of[members[0]])
             else:
                 self._node(graph.nodes[members[0]])
+        for op, then in pairwise(self.program):
+            op.then = then
         outputs = [
             (x.key, self.output_slot[x.node_id, x.port_name], self.ports[x.node_id].outputs[x.port_name].optional)
             for x in graph.exposures("out")

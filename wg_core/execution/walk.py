@@ -17,7 +17,7 @@ from wg_core.errors import (
     WGError,
 )
 from wg_core.execution.block import check_kinds, check_outputs
-from wg_core.execution.context import NOTHING, Event, Frame, check_stop, event_of, tell
+from wg_core.execution.context import Frame, check_stop
 from wg_core.execution.plan import Call, LoopStart, Placeholder, Plan, steps_of
 from wg_core.execution.tensors import map_tensors
 from wg_core.structure.port import UNSET, kind_of
@@ -41,16 +41,13 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
             )
         values[loop.total_slot] = steps
         rounds[id(loop)] = 2 if options.dry_run else loop.iterations(steps) if loop.iterations else steps
-    program = cast("list[Any]", plan.program)
-    watched = frame.watched
+    watched, starts, ends = frame.watched, frame.starts, frame.ends
     iteration = 0
     total = 0
-    pc = 0
-    end = len(program)
     started = 0.0
-    while pc < end:
-        op = program[pc]
-        pc += 1
+    program = cast("list[Any]", plan.program)
+    op: Any = program[0] if program else None
+    while op is not None:
         if op.__class__ is Call:
             inputs: dict[str, Any] = {}
             for port, slot in op.sure:
@@ -59,8 +56,10 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 _gather(op, values, inputs, frame)
             frame.node_id = op.node_id
             if watched:
-                if frame.checked or frame.starts:
-                    _before(op, inputs, frame, total)
+                if frame.checked:
+                    _check_inputs(op, inputs, frame)
+                if starts is not None:
+                    starts(op.node_id, frame.iteration, total or None, inputs)
                 started = clock()
             try:
                 outputs = yield op, inputs
@@ -79,9 +78,14 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 check_outputs(f"{frame.path}/{op.node_id}", op.ports.outputs, outputs)
                 raise
             if watched:
-                _after(op, inputs, outputs, frame, started, total)
+                elapsed = clock() - started
+                if frame.checked:
+                    _check_outputs(op, outputs, frame)
+                if ends is not None:
+                    ends(op.node_id, frame.iteration, total or None, inputs, outputs, elapsed)
             for slot in op.free:
                 values[slot] = None
+            op = op.then
         elif op.__class__ is LoopStart:
             loop = op.loop
             iteration = 0
@@ -95,14 +99,15 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
             if watched:
                 check_stop(frame)
                 frame.emit("loop_start", num_steps=total, data={"loop": loop.loop_id})
+            op = op.then
         else:
             loop = op.loop
             if watched:
                 check_stop(frame)
                 frame.emit("loop_iteration", iteration=iteration, num_steps=total, data={"loop": loop.loop_id})
             iteration += 1
-            done = loop.until_slot is not None and not options.dry_run and bool(values[loop.until_slot])
-            if iteration < total and not done:
+            until = loop.until_slot
+            if iteration < total and (until is None or options.dry_run or not values[until]):
                 for source, slot in loop.carries:  # a carry has a slot of its own, so their order does not matter
                     values[slot] = values[source]
                 if loop.grad_steps is not None and iteration <= total - loop.grad_steps:
@@ -110,7 +115,7 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                         values[slot] = map_tensors(values[slot], lambda tensor: tensor.detach())
                 values[loop.index_slot] = iteration
                 frame.iteration = iteration
-                pc = loop.start
+                op = program[loop.start]
             else:
                 for slot in loop.free:
                     values[slot] = None
@@ -118,6 +123,7 @@ def walk(plan: Plan, values: list[Any], frame: Frame) -> Walk:
                 if watched:
                     frame.emit("loop_end", iteration=iteration - 1, num_steps=total, data={"loop": loop.loop_id})
                 total = 0
+                op = op.then
     frame.node_id = None
 
 
@@ -136,25 +142,15 @@ def _gather(op: Call, values: list[Any], inputs: dict[str, Any], frame: Frame) -
             )
 
 
-def _before(op: Call, inputs: dict[str, Any], frame: Frame, total: int) -> None:
+def _check_inputs(op: Call, inputs: dict[str, Any], frame: Frame) -> None:
     if frame.stoppable:
         check_stop(frame)
     if frame.options.strict_types:
         given = {k: v for k, v in inputs.items() if not isinstance(v, Placeholder)}
         check_kinds(f"{frame.path}/{op.node_id}", op.ports.inputs, given)
-    if frame.starts:
-        tell(_node_event("node_start", op, frame, total, inputs, None, None), frame.starts)
 
 
-def _after(op: Call, inputs: dict[str, Any], outputs: dict[str, Any], frame: Frame, started: float, total: int) -> None:
-    elapsed = clock() - started
-    if frame.checked:
-        _check(op, outputs, frame)
-    if frame.ends:
-        tell(_node_event("node_end", op, frame, total, inputs, outputs, elapsed), frame.ends)
-
-
-def _check(op: Call, outputs: dict[str, Any], frame: Frame) -> None:
+def _check_outputs(op: Call, outputs: dict[str, Any], frame: Frame) -> None:
     options = frame.options
     if options.strict_types:
         given = {k: v for k, v in outputs.items() if not isinstance(v, Placeholder)}
@@ -167,17 +163,6 @@ def _check(op: Call, outputs: dict[str, Any], frame: Frame) -> None:
     if options.capture:
         for port, value in outputs.items():
             frame.root.captured[f"{frame.node_path}{op.node_id}:{port}"] = value
-
-
-def _node_event(
-    kind: str, op: Call, frame: Frame, total: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None,
-    elapsed: float | None,
-) -> Event:  # fmt: skip
-    node_id = op.node_id
-    return event_of((
-        kind, f"{frame.path}/{node_id}", frame.level, node_id, frame.iteration, total or None, inputs, outputs, elapsed,
-        frame.options.trace_context, NOTHING,
-    ))  # fmt: skip
 
 
 def _has_nan(value: Any) -> bool:
