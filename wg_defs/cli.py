@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -184,7 +184,9 @@ def schema(level: Annotated[str, typer.Argument(help="graph, pipeline, stage, wo
 @app.command()
 @verb
 def run(
-    world: WorldName,
+    worlds: Annotated[
+        list[str], typer.Argument(metavar="WORLD...", help="A world's name, or its file; several step together.")
+    ],
     *,
     steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
     action: Annotated[
@@ -203,44 +205,61 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the whole cycle; no model, no snapshot.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Step a world here, with live progress."""
+    """Step a world here, with live progress; several worlds step together, and share the work of their models."""
+    from wg_core.errors import JointStepError
     from wg_core.execution.budget import Budget
     from wg_core.state.home import home
     from wg_core.weights.profiling import Profile
 
     limits = limits_of(budget)
-    opened = open_world(world)
+    if len(worlds) > 1 and (state is not None or profile):
+        raise ConfigError("--state and --profile are for one world; name the others in a run of their own")
+    opened = {world.world_id: world for world in map(open_world, worlds)}
+    if len(opened) < len(worlds):
+        raise ConfigError(f"a world is named twice in {' '.join(worlds)}; name each once")
     if dry_run:
-        opened.dry_run()
+        for world in opened.values():
+            world.dry_run()
+            if not as_json:
+                out.print(f"{world.world_id}: the cycle is sound; nothing was run", markup=False)
         if as_json:
-            print_json({"world": opened.world_id, "dry_run": True})
-        else:
-            out.print(f"{opened.world_id}: the cycle is sound; nothing was run", markup=False)
+            print_worlds([{"world": id, "dry_run": True} for id in opened])
         return OK
     given = None
     if state is not None:
         from wg_core import State
 
         given = State.from_json(state.read_text(encoding="utf-8"))
-    made: list[dict[str, Any]] = []
+    made: dict[str, list[dict[str, Any]]] = {id: [] for id in opened}
+
+    def note(snapshots: "Iterable[Snapshot]", found: Profile | None = None) -> None:
+        for snapshot in snapshots:
+            id, looked = snapshot.world_id, {}
+            if found is not None:
+                file = found.write(safe_path(home(), "profiles", id, f"{snapshot.step:06d}"), "step")
+                looked = {"profile": {"file": str(file), "nodes": [*map(asdict, found.table())]}}
+            if as_json:
+                made[id].append(summary(opened[id], snapshot) | looked)
+            else:
+                print_step(opened[id], snapshot, titles[id])
+            if found is not None and not as_json:
+                print_profile(found.table(), looked["profile"]["file"])
+
+    titles = {id: world.title if len(opened) == 1 else id for id, world in opened.items()}
     whole = Budget(limits) if limits else None
     for i in range(steps):
+        first = {"action": action, "state": given} if i == 0 else {}
         found = Profile(profiler) if profile else None
-        with progress(opened.title, None if as_json else out) as hook, found or nullcontext():
-            snapshot = opened.step(
-                action=action if i == 0 else None, state=given if i == 0 else None, seed=seed,
-                hooks=(hook, *([found] if found else [])), budget=whole,
-            )  # fmt: skip
-        file = found.write(safe_path(home(), "profiles", opened.world_id, f"{snapshot.step:06d}"), "step") if found else None
-        if as_json:
-            looked = {"profile": {"file": str(file), "nodes": [*map(asdict, found.table())]}} if found else {}
-            made.append(summary(opened, snapshot) | looked)
-        else:
-            print_step(opened, snapshot)
-            if found is not None:
-                print_profile(found.table(), str(file))
+        try:
+            with progress(titles, None if as_json else out) as hook, found or nullcontext():
+                hooks = (hook, *([found] if found else []))
+                done = one_step(list(opened.values()), seed=seed, hooks=hooks, budget=whole, **first)
+        except JointStepError as error:
+            note(error.snapshots.values())
+            raise
+        note(done, found)
     if as_json:
-        print_json({"world": opened.world_id, "steps": made})
+        print_worlds([{"world": id, "steps": found} for id, found in made.items()])
     return OK
 
 
@@ -253,6 +272,18 @@ def print_profile(nodes: "Sequence[NodeTime]", file: str, most: int = 15) -> Non
         table.add_row(node.path, str(node.calls), f"{node.seconds:.3f}", f"{node.own:.3f}")
     out.print(table)
     out.print(f"Profile: {file}", markup=False)
+
+
+def one_step(worlds: "list[World]", *, state: Any = None, **options: Any) -> "list[Snapshot]":
+    """A step of one world, or of several together."""
+    from wg_core import step_together
+
+    return [worlds[0].step(state=state, **options)] if len(worlds) == 1 else step_together(worlds, **options)
+
+
+def print_worlds(found: list[dict[str, Any]]) -> None:
+    """One document: that of a single world, or of several in a list."""
+    print_json(found[0] if len(found) == 1 else {"worlds": found})
 
 
 def limits_of(budget: str | None) -> dict[str, float]:
@@ -270,24 +301,25 @@ def limits_of(budget: str | None) -> dict[str, float]:
 
 
 @contextmanager
-def progress(title: str, console: Console | None) -> Iterator[Callable[[Any], None]]:
-    """A hook that shows which stage runs, and the text as it is written; nothing without a terminal."""
+def progress(titles: dict[str, str], console: Console | None) -> Iterator[Callable[[Any], None]]:
+    """A hook that shows which stage of which world runs, and the text as it is written; nothing without a terminal."""
     if console is None or not console.is_terminal:
         yield lambda event: None
         return
-    stage, since = "", time.monotonic()
+    stages: dict[str, tuple[str, float]] = {}
     with console.status("") as status:
 
         def hook(event: Any) -> None:
-            nonlocal stage, since
+            world = event.path.partition("/")[0]
             if event.kind == "stage_start":
-                stage, since = event.node_id, time.monotonic()
-                status.update(f"{title} step {event.data['step']}: {stage}")
+                stages[world] = (event.node_id, time.monotonic())
+                status.update(f"{titles[world]} step {event.data['step']}: {event.node_id}")
             elif event.kind == "progress":
+                stage, since = stages[world]
                 done, total = event.data.get("done"), event.data.get("total")
                 count = f" {done}/{total}" if total else f" {done}" if done is not None else ""
                 text = str(event.data.get("text") or "")[-60:].replace("\n", " ").replace("[", "(")
-                status.update(f"{title}: {stage}{count} ({time.monotonic() - since:.0f} s) {text}")
+                status.update(f"{titles[world]}: {stage}{count} ({time.monotonic() - since:.0f} s) {text}")
 
         yield hook
 
@@ -339,10 +371,10 @@ def spending(usage: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) for name in ("calls", "tokens", "cost")}
 
 
-def print_step(world: "World", snapshot: "Snapshot") -> None:
+def print_step(world: "World", snapshot: "Snapshot", title: str | None = None) -> None:
     """The story, where the pictures lie, and what each stage took."""
     data = summary(world, snapshot)
-    out.rule(f"{world.title}, step {snapshot.step}", align="left")
+    out.rule(f"{title or world.title}, step {snapshot.step}", align="left")
     if data["story"]:
         out.print(f"Story:  {data['story']}", markup=False)
     for item in (snapshot.applied or {}).get("descriptions", {}).get("items", []):

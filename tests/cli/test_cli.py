@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from wg_core import World
+from wg_core.state.lease import acquire
 from wg_defs.cli import app
 
 
@@ -70,6 +71,24 @@ def test_run_json_is_one_document(project: Path) -> None:
     assert [s["step"] for s in made["steps"]] == [0, 1]
     assert made["steps"][1]["story"] and made["steps"][0]["story"] is None
     assert {r["role"] for r in made["steps"][1]["stages"] if r["ran"]} >= {"philosopher", "world_update"}
+
+
+def test_several_worlds_step_together(project: Path) -> None:
+    """Each as alone; a failure is told after what the others made, and what is for one world is refused for two."""
+    for name in ("reef", "dune"):
+        World.from_template("stub", world_id=name, seed=3).save_config(project / "worlds" / f"{name}.yaml")
+    (alone,) = document(wg("run", "isle", "--json"))["steps"]
+    both = document(wg("run", "reef", "dune", "--json"))["worlds"]
+    assert [(w["world"], [s["intent"] for s in w["steps"]]) for w in both] == [
+        (name, [alone["intent"]]) for name in ("reef", "dune")
+    ]
+    acquire(project / ".wg" / "snapshots" / "dune", "another", 60.0)
+    failed = wg("run", "reef", "dune", "--steps", "2")
+    assert failed.exit_code == 3 and "reef, step 1" in failed.stdout and "step 2" not in failed.stdout
+    assert "1 of 2 worlds failed; published: reef step 1; dune: SnapshotConflictError" in failed.stderr
+    assert document(wg("run", "reef", "isle", "--dry-run", "--json"))["worlds"][1] == {"world": "isle", "dry_run": True}
+    assert "named twice" in wg("run", "reef", "worlds/reef.yaml").stderr
+    assert wg("run", "reef", "isle", "--state", "state.json").exit_code == 2
 
 
 def test_a_budget_and_what_was_used(project: Path) -> None:
