@@ -1,8 +1,9 @@
-"""Decode speed of the default language model in float32, in int8 and by llama.cpp, and what int8 costs in quality.
+"""Decode speed of the default language model in float32, 8 and 4 bits and by llama.cpp, and what bits cost in quality.
 
-`python benchmarks/decode.py [--tokens N] [--rounds N]`. All run on one thread, in turns, from one file of weights
-(llama.cpp reads it as it is, torch the same numbers converted). Each figure is the median of its rounds; the time of a
-prompt is taken off. Perplexity is that of a fixed text of this repository, read token by token as in decoding.
+`python benchmarks/decode.py [--tokens N] [--rounds N]`. All run on one thread, in turns, from one file of weights: llama.cpp
+reads it as it is, int4 and its output layer hold the same numbers, float32 what they stand for. Each figure is the median
+of its rounds; the time of a prompt is taken off. Perplexity is that of a fixed text of this repository, read token by token
+as in decoding.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from wg_blocks.llm_local import CausalLM
+from wg_blocks.reading import reader_of
 from wg_blocks.store import ModelStore, progress_bar
 from wg_core import Block
 
@@ -50,13 +53,12 @@ def perplexity(block: CausalLM, tokens: int) -> float:
     """exp of the mean cross-entropy of each token of the text, given those before it."""
     import torch
 
-    cache, losses = None, []
+    reader, losses = reader_of(block.module), []
+    reader.begin([])
     ids = block.tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).input_ids[:tokens]
     with torch.no_grad():
         for token, following in itertools.pairwise(ids):
-            out = block.module(input_ids=torch.tensor([[token]]), cache=cache, use_cache=True)
-            cache = out.cache
-            losses.append(torch.nn.functional.cross_entropy(out.logits[0, -1:], torch.tensor([following])))
+            losses.append(torch.nn.functional.cross_entropy(reader.read([token]), torch.tensor([following])))
     return float(torch.stack(losses).mean().exp())
 
 
@@ -83,25 +85,23 @@ def version_of(name: str) -> str | None:
 def measure(tokens: int, rounds: int, text_tokens: int) -> dict[str, Any]:
     with progress_bar() as show:
         ModelStore().pull(NAME, show)
-    plain, small, theirs = CausalLM(checkpoint_ref=NAME), CausalLM(checkpoint_ref=NAME, weights="int8"), llama_cpp()
-    cases: dict[str, Callable[[], float]] = {
-        "float32": lambda: decode_speed(plain, tokens),
-        "int8": lambda: decode_speed(small, tokens),
-        "int8_schema": lambda: decode_speed(small, tokens, SCHEMA),
-    }
+    models = {w or "float32": CausalLM(checkpoint_ref=NAME, weights=w) for w in (None, "int8", "int4")}
+    cases: dict[str, Callable[[], float]] = {name: partial(decode_speed, model, tokens) for name, model in models.items()}
+    cases["int4_schema"] = partial(decode_speed, models["int4"], tokens, SCHEMA)
+    theirs = llama_cpp()
     if theirs is not None:
-        cases["llama_cpp"] = lambda: decode_speed(theirs, tokens)
+        cases["llama_cpp"] = partial(decode_speed, theirs, tokens)
     found: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             found[name].append(case())
     speed = {name: round(statistics.median(values), 1) for name, values in found.items()}
-    ratios = {"int8_over_float32": round(speed["int8"] / speed["float32"], 2)}
+    ratios = {f"{name}_over_float32": round(speed[name] / speed["float32"], 2) for name in ("int8", "int4")}
     if "llama_cpp" in speed:
-        ratios["int8_over_llama_cpp"] = round(speed["int8"] / speed["llama_cpp"], 2)
+        ratios["int4_over_llama_cpp"] = round(speed["int4"] / speed["llama_cpp"], 2)
         ratios["aim"] = 1.5
-    quality = {"float32": round(perplexity(plain, text_tokens), 2), "int8": round(perplexity(small, text_tokens), 2)}
-    versions = {name: version_of(name) for name in ("torch", "transformers", "xllamacpp", "llguidance")}
+    quality = {name: round(perplexity(model, text_tokens), 2) for name, model in models.items()}
+    versions = {name: version_of(name) for name in ("torch", "transformers", "onnxruntime", "xllamacpp", "llguidance")}
     return {
         "tokens_per_s": speed, "ratios": ratios, "perplexity": quality, "text_tokens": text_tokens, "rounds": rounds,
         "versions": versions,

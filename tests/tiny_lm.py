@@ -17,7 +17,7 @@ CHAT = (
 )
 
 
-def save_tiny_lm(folder: Path, *, chat: bool = True, seed: int = 0) -> Path:
+def save_tiny_lm(folder: Path, *, chat: bool = True, seed: int = 0, heads: int = 4) -> Path:
     """Build the model and save it to `folder` as transformers does."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,8 +45,8 @@ def save_tiny_lm(folder: Path, *, chat: bool = True, seed: int = 0) -> Path:
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=1,

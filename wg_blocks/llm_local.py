@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wg_blocks.decoding import EMIT_EVERY, PrefixCache, Vocabulary, Writer, decode, decode_batch
-from wg_blocks.int8 import packed_bytes, to_int8
 from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import LLM_PORTS, Message, Settings, answers_in_pieces, pack, with_context
 from wg_blocks.published import Published
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHTS = (None, "int8")
+BITS = {"int8": 8, "int4": 4}
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
@@ -133,9 +132,10 @@ class CausalLM(Published):
 
     `checkpoint_ref` is a name of the model store, a ref (`hf:`, `file:`, ...) or a folder; weights load at the first
     call (or `materialize()`). How to sample is part of the call, in `params` (see `Settings`), so that all users of
-    one model share it. `weights: int8` holds the linear layers as whole numbers: smaller, faster on a CPU, a little
-    less exact, and not to be trained or adapted. With a `schema` the answer is decoded under it and comes parsed as `data`. A checkpoint holds
-    weights, config and tokenizer; a block that is loaded from it needs no `checkpoint_ref` any more.
+    one model share it. `weights: int8` or `int4` holds those of a Llama as whole numbers (see `PackedLlama`): smaller,
+    several times as fast on a CPU, and not to be trained or adapted. With a `schema` the answer is decoded under it and
+    comes parsed as `data`. A checkpoint holds weights, config and tokenizer; a block that is loaded from it needs no
+    `checkpoint_ref` any more.
 
     Raises: ConfigError for an unknown setting or schema keyword, PortValueError for a prompt that is too long,
     OutputContractError when no attempt gave a whole structure, MissingModelError.
@@ -146,8 +146,8 @@ class CausalLM(Published):
 
     def __init__(self, *, checkpoint_ref: str, dtype: str = "float32", weights: str | None = None) -> None:
         super().__init__()
-        if weights not in WEIGHTS:
-            raise ConfigError(f"llm/hf: weights is 'int8' or left out, not {weights!r}")
+        if weights is not None and weights not in BITS:
+            raise ConfigError(f"llm/hf: weights is 'int8', 'int4' or left out, not {weights!r}")
         if weights is not None and dtype != "float32":
             raise ConfigError(f"llm/hf: weights {weights!r} go with dtype float32, not {dtype}")
         if dtype not in DTYPES:
@@ -171,7 +171,11 @@ class CausalLM(Published):
         with self._source() as folder:
             model, self._tokenizer = load(folder, self.dtype, weights=self._read_weights)
             self._files = _read_files(folder)
-        return {"lm": model if self.weights is None else to_int8(model)}
+        if self.weights is None:
+            return {"lm": model}
+        from wg_blocks.packed import PackedLlama
+
+        return {"lm": PackedLlama(model, BITS[self.weights])}
 
     @contextmanager
     def _source(self) -> Iterator[Path]:
@@ -183,11 +187,6 @@ class CausalLM(Published):
             for name, data in self._files.items():
                 (Path(temp) / name).write_bytes(data.numpy().tobytes())
             yield Path(temp)
-
-    @property
-    def nbytes(self) -> int:
-        packed = 0 if self.weights is None or self._built is None else packed_bytes(self._built["lm"])
-        return super().nbytes + packed
 
     @property
     def module(self) -> Any:
@@ -222,7 +221,6 @@ class CausalLM(Published):
 
     def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_own_state_dict(state)
-        self.model_revision += self.weights is not None  # torch counts no writes to packed numbers
         given = _files_of(state)
         if any(not data.equal(self._files[name]) for name, data in given.items()):
             with self._lock:
@@ -521,8 +519,7 @@ class CausalLM(Published):
         except ImportError as error:
             raise MissingExtraError("a schema needs llguidance: pip install llguidance") from error
         if self._guide is None:
-            width = self.module.get_output_embeddings().out_features
-            self._guide = from_tokenizer(self.tokenizer, n_vocab=width, eos_token=sorted(self._end_ids()))
+            self._guide = from_tokenizer(self.tokenizer, n_vocab=self.module.config.vocab_size, eos_token=sorted(self._end_ids()))
         form: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(bounded(schema)), None, form)
         matcher = LLMatcher(self._guide, grammar)

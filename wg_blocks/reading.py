@@ -13,7 +13,9 @@ Layers = list[tuple[Any, Any]]
 
 
 def reader_of(model: Any) -> Reader:
-    """What reads tokens for a transformers causal model."""
+    """What reads tokens for a causal model: its own reader, or one for models of transformers."""
+    if hasattr(model, "reader"):
+        return model.reader()
     return LlamaReader(model) if LlamaReader.fits(model) else Reader(model)
 
 

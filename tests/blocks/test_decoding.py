@@ -17,6 +17,7 @@ from tiny_lm import save_tiny_lm
 from wg_blocks.decoding import PIECE, PrefixCache, ends_of_pieces, read_prompt
 from wg_blocks.llm_local import CausalLM
 from wg_blocks.lora import LoRA
+from wg_blocks.packed import Packed, PackedLlama
 from wg_blocks.reading import LlamaReader, Reader, reader_of
 from wg_core import Graph, ModelPool
 from wg_core.assembly.registry import default_registry
@@ -30,6 +31,12 @@ LONG = {"max_new_tokens": 40, "temperature": 1.0, "seed": 5}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_lm(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With heads that packed weights go with."""
+    return save_tiny_lm(tmp_path_factory.mktemp("wide"), heads=2)
 
 
 @pytest.fixture
@@ -119,14 +126,15 @@ def test_llama_is_read_as_by_its_own_forward_pass(block: CausalLM) -> None:
     assert type(reader_of(model)) is Reader
 
 
-def test_stages_of_one_step_share_their_prefix(block: CausalLM, folder: Path) -> None:
-    graph = graph_of(block)
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_stages_of_one_step_share_their_prefix(wide: Path, weights: str | None) -> None:
+    graph = graph_of(CausalLM(checkpoint_ref=str(wide), weights=weights))
     ask = {"system": SYSTEM, "params": LONG}
     first = cached(graph, prompt="What of the ice?", **ask)
     second = cached(graph, prompt="Who keeps it?", **ask)
     again = cached(graph, prompt="Who keeps it?", **ask)
     assert first[2] == 0 < second[2] and again[1] - again[2] <= PIECE
-    fresh = graph_of(CausalLM(checkpoint_ref=str(folder)))
+    fresh = graph_of(CausalLM(checkpoint_ref=str(wide), weights=weights))
     assert cached(fresh, prompt="Who keeps it?", **ask)[0] == second[0] == again[0]
     out = graph.run({"prompt": "Who keeps it?", **ask})
     assert "cached_tokens" not in out["usage"]  # equal inputs give equal outputs, whatever is kept
@@ -230,33 +238,89 @@ def test_runs_of_a_batch_are_decoded_together_as_if_one_by_one(block: CausalLM) 
     assert "in item 1 of the batch" in caught.value.__notes__
 
 
-def test_int8_weights_are_a_model_of_their_own_that_cannot_learn(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([0.0, 1e-6, 1.0, 300.0]))
+def test_packed_numbers_are_near_and_stay_what_they_are(bits: int, seed: int, size: float) -> None:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(seed)) * size
+    packed = Packed(weight, bits)
+    rows = packed.rows(torch.arange(6))
+    half = packed.scale.repeat_interleave(32, 1) / 2
+    assert ((rows - weight).abs() <= half * 1.001 + 1e-12).all()
+    again = Packed(rows, bits)
+    assert torch.equal(again.codes, packed.codes)
+    assert torch.allclose(again.rows(torch.arange(6)), rows, rtol=1e-5, atol=size * 1e-6)
+
+
+def unpacked(block: CausalLM, packed: Any) -> Any:
+    """The model of `block` with the numbers of a packed one."""
+    model = block.module
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(packed.head.rows(torch.arange(packed.head.outputs)))
+        for layer, small in zip(model.model.layers, packed.layers, strict=True):
+            at, mlp = layer.self_attn, layer.mlp
+            parts = {small.qkv: (at.q_proj, at.k_proj, at.v_proj), small.o: (at.o_proj,), small.down: (mlp.down_proj,)}
+            for weight, linears in (parts | {small.gate_up: (mlp.gate_proj, mlp.up_proj)}).items():
+                rows = weight.rows(torch.arange(weight.outputs)).split([linear.out_features for linear in linears])
+                for linear, given in zip(linears, rows, strict=True):
+                    linear.weight.copy_(given)
+    return model
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_a_packed_llama_reads_as_one_with_the_same_numbers(wide: Path, weights: str) -> None:
+    """04 X-15: the only difference is that inputs of products are rounded to 8 bits."""
+    small = CausalLM(checkpoint_ref=str(wide), weights=weights)
+    theirs, ours = Reader(unpacked(CausalLM(checkpoint_ref=str(wide)), small.module)), small.module.reader()
+    with torch.no_grad():
+        for reader in (ours, theirs):
+            reader.begin([])
+        for piece in (list(range(3, 40)), [7], [5, 9, 11], [3] * 300):
+            mine, its = ours.read(piece), theirs.read(piece)
+            assert (mine - its).abs().max() < 0.05 * its.std()
+        for mine, its in zip(ours.layers, theirs.layers or [], strict=True):
+            assert all((a - b).abs().max() < 0.05 * b.std() for a, b in zip(mine, its, strict=True))
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_packed_weights_are_a_model_of_their_own_that_cannot_learn(wide: Path, tmp_path: Path, weights: str) -> None:
     pool = ModelPool()
-    config = {"block_type": "llm/hf", "config": {"checkpoint_ref": str(folder)}}
-    small = {"block_type": "llm/hf", "config": {"checkpoint_ref": str(folder), "weights": "int8"}}
+    config = {"block_type": "llm/hf", "config": {"checkpoint_ref": str(wide)}}
+    packed = {"block_type": "llm/hf", "config": {"checkpoint_ref": str(wide), "weights": weights}}
     plain: Any = default_registry().build(config, pool=pool)
-    block: Any = default_registry().build(small, pool=pool)
+    block: Any = default_registry().build(packed, pool=pool)
     assert block is not plain and block.model_ref() != plain.model_ref()
     block.materialize()
     plain.materialize()
-    assert pool.nbytes == block.nbytes + plain.nbytes > 0 and block.nbytes < plain.nbytes
-    prompt = block._prompt_ids([{"role": "user", "content": "The ferry waits for the tide and the bell."}])
-    with torch.no_grad():
-        ours, theirs = (read_prompt(reader_of(b.module), prompt, None, ())[0] for b in (block, plain))
-    assert 0 < (ours - theirs).abs().max() < 0.1 * theirs.std()
+    assert pool.nbytes == block.nbytes + plain.nbytes > 0
+    assert sum(tensor.nbytes for tensor in block.module.state_dict().values()) < 0.4 * plain.nbytes
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"]}
     asked = {"prompt": "p", "schema": schema, "params": {"seed": 1}}
     answer = block.run(asked)["data"]
     assert 1 <= answer["n"] <= 9
+    assert block.run({"prompt": ["p", "q"], "params": {"seed": 1}})["text"][0] == block.run({"prompt": "p", "params": {"seed": 1}})["text"]
     assert block.trainable_parameters() == [] and block.unfreeze().trainable_parameters() == []
     assert block.adapter_slots() == []
-    with pytest.raises(AdapterError, match=r"int8.*leave weights out"):
+    with pytest.raises(AdapterError, match=rf"{weights}.*leave weights out"):
         LoRA(target="x").attach(block)
     with pytest.raises(AdapterError, match="neither be trained"):
         block.answer_loss([{"messages": [{"role": "user", "content": "p"}], "answer": "a"}])
-    block.save_checkpoint(tmp_path / "int8")
-    other: Any = CausalLM(checkpoint_ref=str(folder), weights="int8")
-    other.load_from_checkpoint(tmp_path / "int8")
-    assert other.run(asked)["data"] == answer and not block.weights_changed() and other.weights_changed()
-    with pytest.raises(ConfigError, match="weights is 'int8'"):
-        CausalLM(checkpoint_ref="x", weights="int4")
+    with pytest.raises(ConfigError, match="weights is 'int8', 'int4'"):
+        CausalLM(checkpoint_ref="x", weights="int2")
+
+    other: Any = CausalLM(checkpoint_ref=str(save_tiny_lm(tmp_path / "other", seed=4, heads=2)), weights=weights)
+    told, theirs = ({"prompt": "p", "params": {"seed": 1}}, other.run({"prompt": "p", "params": {"seed": 1}}))
+    block.save_checkpoint(tmp_path / "kept")
+    other.load_from_checkpoint(tmp_path / "kept")
+    assert other.run(told) == block.run(told) != theirs
+    assert not block.weights_changed() and other.weights_changed()
+
+
+def test_what_cannot_be_packed_says_so(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ConfigError, match=r"int4 are for models of the class LlamaForCausalLM, not GPT2LMHeadModel"):
+        PackedLlama(GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=32, n_layer=1, n_head=4)), 4)
+    with pytest.raises(ConfigError, match=r"size 48, which is no multiple of 32; heads of size 24, .*; biases; hidden_act 'gelu'"):
+        PackedLlama(LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, hidden_act="gelu")), 8)
