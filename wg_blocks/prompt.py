@@ -221,8 +221,9 @@ def answers_in_pieces(
     if any(calls):
         out["tool_calls"] = calls if batch else calls[0]
     if schema is not None:
-        data = [json.loads(text) for text in texts]
-        out["data"] = data if batch else data[0]
+        data = [None if called else json.loads(text) for text, called in zip(texts, calls, strict=True)]
+        if batch or not calls[0]:
+            out["data"] = data if batch else data[0]
     return out
 
 

@@ -53,7 +53,7 @@ def deltas(text: str, finish: str | None = "stop", *more: dict[str, Any]) -> lis
 
 
 class ApiServer(ThreadingHTTPServer):
-    """`replies` are given first, in turn; then good answers. `seen` holds `(path, headers, body)` of all requests.
+    """`replies` are given first, in turn, None for a good one; then good answers. `seen` holds `(path, headers, body)` of all requests.
 
     A conversation that a provider would refuse for its tool calls is refused, and takes no reply.
     """
@@ -62,7 +62,7 @@ class ApiServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.replies: deque[dict[str, Any]] = deque()
+        self.replies: deque[dict[str, Any] | None] = deque()
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.at_once = self.most_at_once = 0
         self.pause = 0.0

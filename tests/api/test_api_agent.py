@@ -185,3 +185,17 @@ def test_every_driver_and_a_replay(agent: Build, wire: ChatWire, server: ApiServ
     asked = len(server.seen)
     assert agent(memory="run").run({"prompt": "go"}, seed=1, calls=CallLog(log.calls)) == said
     assert len(server.seen) == asked == 6
+
+
+def test_an_answer_may_have_a_form_beside_tools(agent: Build, wire: ChatWire, server: ApiServer) -> None:
+    """03 W-22: calls first, then an object under the schema; both are offered in each request."""
+    form = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"], "additionalProperties": False}
+    given = ("s", "answer", '{"sum": 42}')
+    answer = wire.says(None, given) if wire.path == "/messages" else wire.says(given[2])
+    for most in (1, 5):
+        graph = agent(max_calls=most)
+        graph.expose_input("agent", "schema", "schema")
+        server.replies.extend([wire.says(None, calc("c", "6 * 7")), answer])
+        assert graph.run({"prompt": "go", "schema": form})["response"] == {"sum": 42}
+    assert ["calc" in wire.offered(body) for _, _, body in server.seen] == [True] * 4
+    assert [wire.choice(server.seen[i][2]) for i in (1, 3)] == (["tool", "required"] if wire.path == "/messages" else ["none", "auto"])

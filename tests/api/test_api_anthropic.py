@@ -126,6 +126,16 @@ def test_a_structure_is_the_one_tool_that_must_be_called(messages: Callable[...,
     assert "tools" not in server.seen[-1][2] and "JSON schema" in server.seen[-1][2]["system"]
 
 
+def test_a_tool_may_have_the_name_of_the_structure(messages: Callable[..., Block], server: ApiServer) -> None:
+    """01 T-17, 03 W-22: a call of it is a call, not the answer."""
+    tools = [{**TOOLS[1], "name": "answer"}]
+    server.replies.extend([said(use("answer", {}), stop="tool_use"), said(use("answer_", {"name": "Mara"}), stop="tool_use")])
+    called = messages().run({"prompt": "Who?", "schema": SCHEMA, "tools": tools})
+    assert called["tool_calls"][0]["name"] == "answer" and "data" not in called
+    assert messages().run({"prompt": "Who?", "schema": SCHEMA, "tools": tools})["data"] == {"name": "Mara"}
+    assert [t["name"] for t in server.seen[0][2]["tools"]] == ["answer", "answer_"]
+
+
 def test_tools_and_their_results(messages: Callable[..., Block], server: ApiServer) -> None:
     """01 T-17: parallel calls with their ids; results of one turn go back as one message."""
     server.replies.append(

@@ -106,3 +106,57 @@ def test_a_world_that_is_wholly_behind_an_api(tmp_path: Path, server: ApiServer)
     assert [c["answer"] for c in far.calls(second)["creator"]] == [artifact["id"]]
     asked = len(server.seen)
     assert far.replay().same and len(server.seen) == asked and first.id != second.id
+
+
+TOOLS = ("search_content", "read_entity", "read_chronicle", "quote_end_world")
+
+
+def thinking(config: dict[str, Any], role: str) -> None:
+    """Make the model of a stage an agent that has the world's tools, by the stage's own words alone."""
+    stage = config["execution"]["stages"][role]
+    graph = stage["graph"]
+    agent = {"llm": {"model": "text"}, "calling": "native", "memory": "run", "min_calls": 1, "max_calls": 2}
+    nodes = [n for n in graph["nodes"] if n["node_id"] not in ("llm", "context")]
+    graph["nodes"] = [*nodes, {"node_id": "llm", "block_type": "agent/llm", "config": agent}]
+    graph["nodes"] += [{"node_id": name, "block_type": f"tool/{name}"} for name in TOOLS]
+    ports = {"prompt": "context", "text": "response", "data": "response"}
+    edges = [e for e in graph["edges"] if e["source_node"] != "context"]
+    graph["edges"] = [
+        {**e, **{k: ports[e[k]] for n, k in (("source_node", "source_port"), ("target_node", "target_port")) if e[n] == "llm"}}
+        for e in edges
+    ]
+    inputs = [x for x in graph["exposed_inputs"] if x["node_id"] != "context"]
+    graph["exposed_inputs"] = [*inputs, *({"name": "world", "node_id": name, "port_name": "world"} for name in TOOLS)]
+    for x in graph["exposed_outputs"]:
+        x["port_name"] = ports[x["port_name"]] if x["node_id"] == "llm" else x["port_name"]
+    graph["tools"] = {name: {"node": name} for name in TOOLS}
+    if "inputs" in stage:
+        stage["inputs"] |= {"world": "world"}
+
+
+def test_every_stage_that_writes_may_be_an_agent(tmp_path: Path, server: ApiServer) -> None:
+    """03 W-21, W-23, W-22, 04 X-5: native calls over sockets, answers under each stage's schema, and a replay that asks nobody."""
+    config = stub("thought")
+    config["execution"]["models"]["text"] = behind(server.url)
+    for role in ("philosopher", "author", "development", "architect"):
+        thinking(config, role)
+    world = World.from_yaml_text(yaml.safe_dump(config, sort_keys=False))
+    world.store = SnapshotStore(tmp_path)
+    reads = [{"id": "a", "type": "function", "function": {"name": "read_entity", "arguments": '{"id": "Ada"}'}}]
+    reads += [{"id": "b", "type": "function", "function": {"name": "search_content", "arguments": '{"query": "shores", "limit": 99}'}}]
+    server.replies.extend([chat(None, "tool_calls", tool_calls=reads), None] * 2)
+    first = world.step(None, action="a storm lands", seed=3)
+    server.replies.extend([chat(None, "tool_calls", tool_calls=reads), None] * 4)
+    second = world.step(seed=4)
+    assert [r.ran for r in second.stages] == [True] * 6 and first.id != second.id
+    assert {r.role: r.usage["openai/tale-1"]["calls"] for r in second.stages if r.usage} == dict.fromkeys(
+        ("philosopher", "author", "development", "architect"), 2
+    )
+    asked = [body for _, _, body in server.seen]
+    assert [b["tool_choice"] for b in asked] == ["required", "none"] * 6, "looks first, answers when its calls are used up"
+    assert {t["function"]["name"] for t in asked[0]["tools"]} == set(TOOLS)
+    names = next(t for t in asked[0]["tools"] if t["function"]["name"] == "read_entity")["function"]["parameters"]
+    assert {"Ada", "ada", "the Cove"} <= set(names["properties"]["id"]["enum"]), "told the names that the world has"
+    told = [m["content"] for b in asked for m in b["messages"] if m["role"] == "tool"]
+    assert sum("A keeper of lists." in t for t in told) == 6 and sum("99 is greater than the maximum of 20" in t for t in told) == 6
+    assert world.replay().same and len(server.seen) == 12 and world.store.verify("thought") == []

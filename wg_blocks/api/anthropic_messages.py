@@ -85,7 +85,7 @@ class Anthropic(HttpProvider):
             elif kind not in ("thinking", "redacted_thinking"):
                 self.wrong(f"a part of its answer ({kind!r}) is no text and no tool call")
         text = "".join(texts)
-        structured = next((c for c in calls if c.name == ANSWER), None) if chat.form is not None else None
+        structured = next((c for c in calls if c.name == _answer(chat)), None) if chat.form is not None else None
         if structured is not None:
             calls.remove(structured)
             text = _unwrapped(structured.arguments) if wrapped else structured.arguments
@@ -157,18 +157,24 @@ def _body(chat: Chat) -> tuple[dict[str, Any], bool]:
     wrapped = False
     if chat.form is not None and chat.form["type"] == "json_schema":
         schema, wrapped = _as_object(chat.form["schema"])
-        tool = {"name": ANSWER, "description": "Give the answer.", "input_schema": schema}
+        tool = {"name": _answer(chat), "description": "Give the answer.", "input_schema": schema}
         if chat.form["strict"]:
             tool |= {"input_schema": anthropic.transform_schema(schema), "strict": True}
         tools.append(tool)
         may_call = chat.tools and chat.tool_choice != "none"
-        choice = {"type": "any"} if may_call else {"type": "tool", "name": ANSWER, "disable_parallel_tool_use": True}
+        choice = {"type": "any"} if may_call else {"type": "tool", "name": _answer(chat), "disable_parallel_tool_use": True}
         body["tool_choice"] = choice
     elif tools and chat.tool_choice != "auto":
         body["tool_choice"] = {"type": "any" if chat.tool_choice == "required" else "none"}
     if tools:
         body["tools"] = tools
     return body, wrapped
+
+
+def _answer(chat: Chat) -> str:
+    """The name of the tool that gives the structure; no other tool has it."""
+    names = {tool["name"] for tool in chat.tools}
+    return next(n for n in (ANSWER + "_" * i for i in range(len(names) + 1)) if n not in names)
 
 
 def _image(png: bytes) -> dict[str, Any]:
