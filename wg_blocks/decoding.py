@@ -62,7 +62,7 @@ class Writer:
         self.ended = False
         self.shown = ""
         self.random = torch.Generator(device="cpu").manual_seed(seed)
-        self._warp = _warpers(settings)
+        self._warpers = _warpers(settings)
         self._copies = _Copies(prompt, settings.no_repeat_ngram) if settings.no_repeat_ngram else None
         self._seen: Any = None
 
@@ -82,7 +82,7 @@ class Writer:
             scores.masked_fill_(mask[: self.vocabulary.size] == 0, -torch.inf)
         elif not self.ids:
             scores[:, self.vocabulary.ends] = -torch.inf  # an answer is never empty
-        token = _draw(scores, self.settings, self._warp, self.random)
+        token = _draw(scores, self.settings, self._warpers, self.random)
         fresh = [token]
         if self.guide is not None:
             fresh += self._guided(token)
@@ -179,10 +179,10 @@ class _Copies:
         return tuple(self.seen[len(self.seen) - self.size + 1 :])
 
 
-def _warpers(settings: Settings) -> Any:
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+def _warpers(settings: Settings) -> list[Any]:
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    chain = LogitsProcessorList()
+    chain: list[Any] = []
     if settings.temperature > 0:
         chain.append(TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_p < 1:
@@ -190,14 +190,16 @@ def _warpers(settings: Settings) -> Any:
     return chain
 
 
-def _draw(scores: Any, settings: Settings, warp: Any, random: Any) -> int:
+def _draw(scores: Any, settings: Settings, warpers: Sequence[Any], random: Any) -> int:
     """The next token; the `top_k` are taken first, so that nothing sorts the whole vocabulary."""
     import torch
 
     if settings.temperature == 0:
         return int(scores.argmax())
     values, ids = scores.topk(min(settings.top_k or scores.shape[1], scores.shape[1]))
-    return int(ids[0, torch.multinomial(warp(None, values).softmax(-1), 1, generator=random)])
+    for warp in warpers:
+        values = warp(None, values)
+    return int(ids[0, torch.multinomial(values.softmax(-1), 1, generator=random)])
 
 
 # ---- what is kept of prompts ------------------------------------------------------------------------------------------

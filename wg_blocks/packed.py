@@ -241,8 +241,6 @@ class PackedReader(Reader):
         self.model = model
         self._run = session
         self._binding = session.io_binding()
-        self._scores = torch.empty(1, model.head.outputs)
-        self._bind("scores", self._scores, out=True)
         self._room: Any = None
         self._at = 0
 
@@ -277,12 +275,14 @@ class PackedReader(Reader):
     def read(self, ids: Sequence[int], *, scores: bool = True) -> Any:
         end = self._at + len(ids)
         self._make_room(end)
-        given = {"x": self.model.embed(ids)} | {n: torch.tensor([v], dtype=torch.int32) for n, v in (("last", end - 1), ("size", end))}
-        for name, value in given.items():
+        x, found = self.model.embed(ids), torch.empty(1, self.model.head.outputs)
+        last, size = (torch.tensor([number], dtype=torch.int32) for number in (end - 1, end))
+        for name, value in (("x", x), ("last", last), ("size", size)):
             self._bind(name, value)
+        self._bind("scores", found, out=True)
         self._run.run_with_iobinding(self._binding)
         self._at = end
-        return self._scores.clone() if scores else None
+        return found if scores else None
 
     @property
     def layers(self) -> Layers:
