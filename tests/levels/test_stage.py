@@ -9,12 +9,12 @@ import pytest
 
 from wg_core import Block, Graph, Port, Stage, State, World
 from wg_core.errors import ConfigError, OutputContractError, ValidationError
-from wg_core.execution.context import Event
+from wg_core.execution.context import Event, current_context
 from wg_core.state.store import SnapshotStore
 
 
 class Decide(Block):
-    """Gives an intent, or what it was made with."""
+    """Gives an intent, or what it was made with, and says that it asked a model."""
 
     ports = (Port("seen", "in", optional=True), Port("intent", "out", "dict"))
 
@@ -23,6 +23,7 @@ class Decide(Block):
         self.gives = {"text": "Rain."} if gives is None else gives
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        current_context().add_usage("m", prompt_tokens=3, completion_tokens=2)
         return {"intent": self.gives}
 
 
@@ -48,6 +49,15 @@ def test_the_events_of_a_stage_are_part_of_its_result_where_they_are_asked_for()
     result = deciding().step(State(), events=True)
     assert next((e.kind, e.path) for e in result.events if e.kind == "node_end") == ("node_end", "decide/g/g/say")
     assert list(deciding().step(State()).events) == []
+
+
+def test_what_models_used_is_part_of_the_result_also_outside_any_world() -> None:
+    """03 W-7: the same with options and without; a ledger that is given gets it too, and what it held does not count."""
+    used = {"m": {"calls": 1, "prompt_tokens": 3, "completion_tokens": 2}}
+    ledger: dict[str, dict[str, float]] = {}
+    for options in ({}, {"seed": 1}, {"usage": ledger}, {"usage": ledger}):
+        assert deciding().step(State(), **options).usage == used
+    assert ledger == {"m": {"calls": 2, "prompt_tokens": 6, "completion_tokens": 4}}
 
 
 def test_equal_names_are_mapped_and_the_rest_is_asked_for() -> None:

@@ -83,7 +83,8 @@ class RunOptions:
     `num_loop_steps` is an int for all loops or a mapping by loop id; `per_node` overrides options for one child
     (number of steps, seed, extra); raises ConfigError for options that concern the whole run;
     `capture` lists `path:port` whose values are added to the result; `timeout` is in seconds; `strict_types` checks
-    the kind of every value on every port and `guard_nan` stops at the first NaN or infinity; `calls` keeps what models
+    the kind of every value on every port and `guard_nan` stops at the first NaN or infinity; `usage` is the ledger that
+    model use is added to, as `{model: {calls, prompt_tokens, completion_tokens, cost?}}`; `calls` keeps what models
     are asked and answer, or answers in their place; `budget` (`{calls, tokens, cost}`) is what they may be asked at most.
     `max_agent_steps` is how often an agent may be asked until it
     answers, and `tool_errors` what becomes of a tool call that fails: its `result` says so, or `raise`; both are taken
@@ -106,6 +107,7 @@ class RunOptions:
     strict_types: bool = False
     guard_nan: bool = False
     blobs: BlobStore | None = None
+    usage: dict[str, dict[str, float]] | None = None
     calls: CallLog | None = None
     budget: Budget | Mapping[str, Any] | None = None
     extra: Mapping[str, Any] | None = None
@@ -153,7 +155,7 @@ class Frame:
             self.path = level_id
             self.node_path = ""
             self.listen((*hooks, *options.callbacks))
-            self.usage: dict[str, dict[str, float]] = {}
+            self.usage: dict[str, dict[str, float]] = options.usage if options.usage is not None else {}
             self.blobs: BlobStore = options.blobs if options.blobs is not None else MemoryBlobs()
             self.deadline = None if options.timeout is None else time.monotonic() + options.timeout
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from wg_core.execution.drive import (
     together,
 )
 from wg_core.execution.hyper import ORIGIN, Lowered, hyperedges_below, links_below, lower
+from wg_core.execution.modes import modes
 from wg_core.execution.plan import LOOP_PORTS, Call, Loop, LoopStart, Placeholder, Plan, compile_plan, copy_defaults
 from wg_core.execution.tensors import map_tensors
 from wg_core.execution.validate import ValidationResult, validate_structure
@@ -713,8 +713,9 @@ class ExecutableGraph(Generic[Child]):
         """
         items = list(batch)
         if len(items) > 1 and self._side_by_side(options):
-            with self._modes(self._chosen(options)):
-                return together([drive_batched(self, self._session(i, self._chosen(options), None)) for i in items])
+            plan, chosen = self.plan(), self._chosen(options)
+            with self._modes(plan, chosen):
+                return together([drive_batched(self, self._session(plan, i, chosen, None)) for i in items])
         results: list[dict[str, Any]] = []
         for i, inputs in enumerate(items):
             try:
@@ -790,26 +791,28 @@ class ExecutableGraph(Generic[Child]):
         """A session to drive, the modes that its blocks run in, and its options; as a child where a run goes on."""
         parent = FRAME.get() if not options else None
         chosen = self._chosen(options) if parent is None else options_for(parent.options, parent.node_id)
-        plain = parent is not None or chosen.dry_run
-        modes = nullcontext() if plain else self._modes(chosen)
-        return self._session(inputs or {}, chosen, parent), modes, chosen
+        plan, plain = self.plan(), parent is not None or chosen.dry_run
+        modes = nullcontext() if plain else self._modes(plan, chosen)
+        return self._session(plan, inputs or {}, chosen, parent), modes, chosen
 
     def _execute(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> dict[str, Any]:
-        session = self._session(inputs, options, parent)
+        plan = self.plan()
+        session = self._session(plan, inputs, options, parent)
         if parent is not None or options.dry_run:
             return drive(self, session, options.dry_run)
-        with self._modes(options):
+        with self._modes(plan, options):
             return drive(self, session, False)
 
-    def _modes(self, options: RunOptions) -> AbstractContextManager[None]:
-        return modes(self.plan().blocks, _trained_blocks(self) if options.training else None)
+    def _modes(self, plan: Plan, options: RunOptions) -> AbstractContextManager[None]:
+        return modes(plan.blocks, _trained_blocks(self) if options.training else None)
 
-    def _session(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> Session:
+    def _session(
+        self, plan: Plan, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None
+    ) -> Session:
         """The walk with all around it, for a driver: yields `(call, inputs)`, is sent outputs, gives the result.
 
         The frame of the calls is the current one while the session waits for outputs.
         """
-        plan = self.plan()
         values = self._bind(plan, inputs)
         root = parent is None and not options.dry_run
         if root and options.device is not None:
@@ -847,7 +850,7 @@ class ExecutableGraph(Generic[Child]):
             return None
         level = cast("ExecutableGraph[Any]", child)
         frame = cast(Frame, FRAME.get())
-        return level, level._session(inputs, self.options_below(node, frame), frame)
+        return level, level._session(level.plan(), inputs, self.options_below(node, frame), frame)
 
     def options_below(self, node: Node[Child], frame: Frame) -> RunOptions:
         """The options of a level in `node`."""
@@ -924,33 +927,6 @@ def _renamed(hyperedge: HyperEdge, old: str, new: str) -> HyperEdge:
 
     members = tuple(m.model_copy(update={"path": moved(m.path)}) for m in hyperedge.members)
     return hyperedge.model_copy(update={"members": members})
-
-
-class _Modes:
-    """Blocks in the right mode and gradients on or off for the time of a run; everything as before afterwards."""
-
-    def __init__(self, changed: list[tuple[Block, bool]], torch: Any) -> None:
-        self.changed = changed
-        self.torch = torch
-
-    def __enter__(self) -> None:
-        for block, mode in self.changed:
-            block.training = mode
-            block.mode_changed()
-        self.grad = self.torch.set_grad_enabled(False) if self.torch is not None else nullcontext()
-
-    def __exit__(self, *error: Any) -> None:
-        self.grad.__exit__(*error)
-        for block, mode in self.changed:
-            block.training = not mode
-            block.mode_changed()
-
-
-def modes(blocks: Iterable[Block], trained: Iterable[Block] | None) -> AbstractContextManager[None]:
-    """`blocks` in the mode for a run, gradients on or off: in training those of `trained` learn, outside it is None."""
-    learn = {id(b) for b in trained or ()}
-    changed = [(b, id(b) in learn) for b in blocks if (b.training or learn) and b.training is not (id(b) in learn)]
-    return _Modes(changed, sys.modules.get("torch") if trained is None else None)
 
 
 def _trained_blocks(graph: ExecutableGraph[Any]) -> Iterator[Block]:

@@ -138,9 +138,10 @@ class Remote(Level[Any]):
         given = {e["key"]: Placeholder(tuple(e["types"]), f"{self.id}.{e['key']}") for e in needed}
         return self.run({**given, **(inputs or {})}, dry_run=True, **options)
 
-    def _session(self, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None) -> Session:
+    def _session(
+        self, plan: Plan, inputs: Mapping[Any, Any], options: RunOptions, parent: Frame | None
+    ) -> Session:
         yield from ()  # one call to elsewhere, no node of its own
-        plan = self.plan()
         values = self._bind(plan, inputs)
         frame = Frame(self.level, self.id, options, parent, tuple(self.hooks))
         frame.emit("run_start")

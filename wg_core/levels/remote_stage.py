@@ -11,12 +11,12 @@ from wg_core.assembly.build import Build
 from wg_core.assembly.contract import contract_of
 from wg_core.assembly.models import ContractEntry, StageEntry
 from wg_core.errors import ConfigError, OutputContractError
-from wg_core.execution.context import FRAME, RunOptions
+from wg_core.execution.context import RunOptions
 from wg_core.execution.drive import Stepping
 from wg_core.execution.executable_graph import Spec
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.remote import Remote, remote_child
-from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, usage_of, usage_since
+from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, ledger_of, rows_of, usage_since
 from wg_core.state.state import State
 
 
@@ -54,8 +54,8 @@ class RemoteStage(Stage):
         wanted = {e["key"] for e in self.remote.get_input_spec()}
         offered = {"state": state.to_json(), **sources}
         given = {k: v for k, v in offered.items() if k in wanted and v is not None}
-        frame = FRAME.get()
-        before = usage_of(frame)
+        ledger, options = ledger_of(options)
+        before = rows_of(ledger)
         started = time.perf_counter()
         after: Any = self.remote.run(given, **options)["state"]
         seconds = time.perf_counter() - started
@@ -72,7 +72,7 @@ class RemoteStage(Stage):
             )
         for block in self.writes:
             state = state.put(block, made.get(block))
-        return StageResult(state, True, "", seconds, usage_since(frame, before))
+        return StageResult(state, True, "", seconds, usage_since(ledger, before))
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         placeholder = self.remote.dry_run(inputs, **options)["state"]

@@ -11,7 +11,7 @@ from typing import Any, cast
 from wg_core.assembly.build import Build, fill_level
 from wg_core.assembly.models import StageEntry
 from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputError, did_you_mean
-from wg_core.execution.context import FRAME, Event, Frame, RunOptions
+from wg_core.execution.context import FRAME, Event, RunOptions
 from wg_core.execution.drive import Session, Stepping, drive
 from wg_core.execution.executable_graph import Spec
 from wg_core.levels.graph import Graph
@@ -212,16 +212,16 @@ class Stage(Nested[Pipeline | Remote]):
         reason = self.why_not(state)
         if reason:
             return at_once(StageResult(state, False, reason)), nullcontext(), self._chosen(options)
+        ledger, options = ledger_of(options)
         session, modes, chosen = super()._opened(self._given(state, sources), options)
 
         def whole() -> Stepping[StageResult]:
-            frame = FRAME.get()
-            before = usage_of(frame)
+            before = rows_of(ledger)
             started = time.perf_counter()
             outputs = yield from session
             seconds = time.perf_counter() - started
             captured = {key: outputs[key] for key in chosen.capture if key in outputs}
-            return StageResult(self._written(state, outputs), True, "", seconds, usage_since(frame, before), captured)
+            return StageResult(self._written(state, outputs), True, "", seconds, usage_since(ledger, before), captured)
 
         return whole(), modes, chosen
 
@@ -404,13 +404,25 @@ def listen(options: dict[str, Any]) -> list[Event]:
     return heard
 
 
-def usage_of(frame: Frame | None) -> dict[str, dict[str, float]]:
-    """Model use in a run's ledger up to now."""
-    return {m: dict(row) for m, row in frame.usage.items()} if frame is not None else {}
+Ledger = dict[str, dict[str, float]]
 
 
-def usage_since(frame: Frame | None, before: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Model use that a run's ledger holds and `before` does not."""
-    now = frame.usage if frame is not None else {}
-    rows = {m: {k: v - before.get(m, {}).get(k, 0) for k, v in row.items()} for m, row in now.items()}
+def ledger_of(options: Mapping[str, Any]) -> tuple[Ledger, Mapping[str, Any]]:
+    """Where a run with these options keeps its model use: with the run that goes on here, else of its own; and options."""
+    frame = FRAME.get()
+    if frame is not None and not options:
+        return frame.usage, options
+    own: Ledger | None = options.get("usage")
+    ledger = {} if own is None else own
+    return ledger, {**options, "usage": ledger}
+
+
+def rows_of(ledger: Ledger) -> Ledger:
+    """A copy of a ledger of model use."""
+    return {m: dict(row) for m, row in ledger.items()}
+
+
+def usage_since(ledger: Ledger, before: Ledger) -> Ledger:
+    """Model use that a ledger holds and `before`, a copy of it, does not."""
+    rows = {m: {k: v - before.get(m, {}).get(k, 0) for k, v in row.items()} for m, row in ledger.items()}
     return {m: row for m, row in rows.items() if any(row.values())}

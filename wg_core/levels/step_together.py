@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from wg_core.errors import ConfigError, JointStepError
 from wg_core.execution.context import Hook
 from wg_core.execution.drive import Batched, drive_batched, together
-from wg_core.execution.executable_graph import modes
+from wg_core.execution.modes import modes
 from wg_core.levels.flow import Flow, with_budget
 from wg_core.levels.world import World
 from wg_core.state.store import Snapshot

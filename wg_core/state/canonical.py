@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from wg_core.errors import ConfigError
+from wg_core.errors import ConfigError, WGError
 
 MAX_DEPTH = 64
 _INT_RANGE = range(-(2**63), 2**64)
@@ -58,6 +59,17 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def read_mapping(path: Path, error: type[WGError]) -> dict[str, Any]:
+    """The mapping in a JSON file, read as `parse_json` does. Raises: `error` for anything else."""
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as wrong:
+        raise error(f"{path} is no readable JSON: {wrong}") from wrong
+    if not isinstance(found, dict):
+        raise error(f"{path} holds no mapping")
+    return cast("dict[str, Any]", found)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -86,6 +98,8 @@ def _plain(value: Any, path: str, depth: int, ordered: bool) -> Any:
         return value
     if isinstance(value, str):
         text = str.__str__(value)
+        if text.isascii():
+            return text
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

@@ -18,8 +18,9 @@ class State:
     Blocks are named or numbered 1 to 5. Values are plain JSON in the forms of `schema`; anything else is refused.
     """
 
-    __slots__ = ("_blocks", "_hash", "_schema")
+    __slots__ = ("_blocks", "_filled", "_hash", "_schema")
     _blocks: dict[str, Any]
+    _filled: tuple[str, ...] | None
     _hash: str | None
     _schema: StateSchema
 
@@ -29,6 +30,7 @@ class State:
     def _fill(self, blocks: dict[str, Any], schema: StateSchema) -> State:
         object.__setattr__(self, "_blocks", blocks)
         object.__setattr__(self, "_schema", schema)
+        object.__setattr__(self, "_filled", None)
         object.__setattr__(self, "_hash", None)
         return self
 
@@ -119,12 +121,14 @@ class State:
         Empty are: an intent without words, no requests, slots without artifacts, descriptions without words or facts,
         and an outcome with neither words nor changes.
         """
-        present = ((i, name) for i, name in enumerate(BLOCKS, 1) if name in self._blocks)
-        return frozenset(i for i, name in present if _says(name, self._blocks[name]))
+        return frozenset(BLOCKS.index(name) + 1 for name in self.filled_names())
 
     def filled_names(self) -> tuple[str, ...]:
         """The names of the filled blocks, in order."""
-        return tuple(BLOCKS[i - 1] for i in sorted(self.filled()))
+        if self._filled is None:
+            found = tuple(b for b in BLOCKS if b in self._blocks and _says(b, self._blocks[b]))
+            object.__setattr__(self, "_filled", found)
+        return cast("tuple[str, ...]", self._filled)
 
     def artifacts(self) -> Iterator[dict[str, Any]]:
         """Copies of all artifacts, slot by slot in order of name."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wg_core.errors import CheckpointError, ConfigError
 from wg_core.execution.block import Block
-from wg_core.state.canonical import parse_json, sha256_json
+from wg_core.state.canonical import read_mapping, sha256_json
 from wg_core.state.files import TEMP_PREFIX, make_folder, sync_folder, write_file
 from wg_core.structure.ids import safe_path
 from wg_core.structure.port import kind_of
@@ -272,7 +272,7 @@ class Store:
     def _state(self, entry: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if "values" in entry:
-            state.update(_json(self._file(entry["values"])))
+            state.update(read_mapping(self._file(entry["values"]), CheckpointError))
         if "tensors" in entry:
             tensors = read_tensors(self._file(entry["tensors"]), self.index["backend"])
             state.update(tensors)
@@ -294,16 +294,6 @@ class Store:
                 f"{self.source}: {entry['file']!r} does not match its hash; it was changed or cut off"
             )
         return path
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no readable JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no mapping")
-    return cast("dict[str, Any]", found)
 
 
 @contextmanager
@@ -337,7 +327,7 @@ def opened(source: Path | str, verify: bool) -> Generator[Store]:
     """A checkpoint to read from, its index checked and brought to the current version. Raises: CheckpointError."""
     place = Path(source)
     with open_folder(place, INDEX) as folder:
-        index = _json(folder / INDEX)
+        index = read_mapping(folder / INDEX, CheckpointError)
         if index.get("format") != FORMAT:
             raise CheckpointError(f"{place} is no checkpoint of this engine (format {index.get('format')!r})")
         version = index.get("schema_version")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wg_core.errors import AdapterError, CheckpointError, MissingExtraError, MissingModelError, did_you_mean
-from wg_core.state.canonical import parse_json
+from wg_core.state.canonical import read_mapping
 from wg_core.state.files import make_folder, write_file
 from wg_core.weights.backends import get_backend, read_tensors
 from wg_core.weights.lora import NAME, Shape, slot_key
@@ -74,7 +74,7 @@ def write_adapter(
         base_model_name_or_path=name_of(base),
     )  # fmt: skip
     config.save_pretrained(str(folder))
-    written = _json(folder / CONFIG)
+    written = read_mapping(folder / CONFIG, AdapterError)
     if isinstance(written["target_modules"], list):
         written["target_modules"] = sorted(names.values())  # PEFT keeps a set; equal adapters are equal files
     write_file(folder / CONFIG, json.dumps(written, indent=1, sort_keys=True).encode("utf-8"))
@@ -105,7 +105,7 @@ def _targets(names: list[str], base: ModuleBlock, root: str) -> list[str] | str:
 
 def read_base(folder: Path) -> dict[str, Any]:
     """What an adapter says of its base; empty for one that PEFT wrote. Raises: AdapterError."""
-    return _json(folder / BASE) if (folder / BASE).is_file() else {}
+    return read_mapping(folder / BASE, AdapterError) if (folder / BASE).is_file() else {}
 
 
 def read_adapter(folder: Path, base: ModuleBlock) -> AdapterFile:
@@ -126,7 +126,7 @@ def read_adapter(folder: Path, base: ModuleBlock) -> AdapterFile:
             f"the adapter in {str(folder)!r} was learned on {said.get('base')!r} with weights {said['weight_hash']}, but "
             f"block {base.name!r} here has weights {here}; load the base that it belongs to, or train it again"
         )
-    config = _checked(folder, _json(folder / CONFIG))
+    config = _checked(folder, read_mapping(folder / CONFIG, AdapterError))
     root, slots = _root(base), base.slot_modules()
     ranks: dict[str, int] = {}
     state: dict[str, Tensor] = {}
@@ -174,13 +174,3 @@ def _checked(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
                 "merge it into its base with PEFT, or train one without"
             )
     return config
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise AdapterError(f"{path} is no readable JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise AdapterError(f"{path} holds no mapping")
-    return cast("dict[str, Any]", found)
