@@ -138,6 +138,13 @@ def begin(
     return base, _agreed(folder, base, settings, resume)
 
 
+def _learned_from(base: "World", settings: "LoraSettings", span: Sequence[int]) -> list[str]:
+    """The first and last snapshot within the steps of the examples; passages of a text are counted likewise, and are none."""
+    steps = base.store.steps(base.world_id) if "history" in settings.sources and span else []
+    lived = [step for step in steps if span[0] <= step <= span[1]]
+    return [base.store.get(base.world_id, step).id for step in (lived[0], lived[-1])] if lived else []
+
+
 def _train(
     base: "World", settings: "LoraSettings", folder: Path, tracker: MlflowTracker, tags: Mapping[str, str],
     hooks: Sequence["Hook"], say: Callable[[str], None],
@@ -164,7 +171,7 @@ def _train(
         },
         {
             "wg/steps": "..".join(map(str, summary["steps"])),
-            "wg/snapshots": "..".join(base.store.get(base.world_id, step).id for step in summary["steps"]),
+            "wg/snapshots": "..".join(_learned_from(base, settings, summary["steps"])),
             "wg/base_hash": base_hash, "wg/examples": summary["hash"], **tags,
         },
     )  # fmt: skip

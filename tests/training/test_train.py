@@ -229,6 +229,7 @@ def test_without_a_tracker_it_trains_all_the_same(at_home: Tiny, monkeypatch: py
         "train", "tide", "--name", "booked", "--from", "book.txt", "--from", "history", "--per-stage", *QUICK, "--json"
     )
     made: dict[str, Any] = json.loads(result.stdout)
+    assert result.exit_code == 0, result.output
     assert made["mlflow"] == {} and made["mlflow_error"] == "" and made["examples"]["stages"]["author"] > 15
     assert len(list(Path(made["adapters"], "default").rglob("adapter_config.json"))) == 4
     assert result_of("tide", "booked")["name"] == "booked"
