@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from wg_blocks.examples import HELD_OUT, Row
 from wg_blocks.json_schema import problems
-from wg_core.errors import ConfigError, NodeExecutionError, OutputContractError
+from wg_core.errors import ConfigError, JointStepError, NodeExecutionError, OutputContractError
 from wg_core.execution.context import Hook, derive_seed
+from wg_core.levels.step_together import step_together
 from wg_core.levels.training import calling
 from wg_core.state.store import SnapshotStore
 
@@ -55,8 +56,8 @@ def compare(
         found[side] = {"world_id": world.world_id, "config_hash": world.config_hash, **loss_of(world, held_out)}
         say(f"{world.world_id}: free answers")
         found[side]["free"] = free_validity(world, structured[:asked])
-        say(f"{world.world_id}: {steps} steps")
-        lived = live(world, folder, side, steps, seed, hooks)
+    say(f"{base.world_id} and {lora.world_id}: {steps} steps")
+    for side, lived in live(dict(zip(SIDES, (base, lora), strict=True)), folder, steps, seed, hooks).items():
         found[side] |= {"lived": lived, "structures": structures(lived), "diversity": diversity(texts_of(lived))}
     return found
 
@@ -143,22 +144,34 @@ def free_validity(world: World, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def live(
-    world: World, folder: Path, side: str, steps: int, seed: int, hooks: Sequence[Hook] = ()
-) -> list[dict[str, Any]]:
-    """`steps` steps of the world from the start of its content, in a store of their own; a step that fails is told."""
-    scratch = copy(world)
-    scratch.hooks = []
-    scratch.store = SnapshotStore(folder / "snapshots" / side)
-    lived: list[dict[str, Any]] = []
+    worlds: Mapping[str, World], folder: Path, steps: int, seed: int, hooks: Sequence[Hook] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """`steps` steps of the worlds together, from the start of their content, each in a store of its own, by side.
+
+    A step that fails is told.
+    """
+    scratch = {side: copy(world) for side, world in worlds.items()}
+    for side, world in scratch.items():
+        world.hooks = []
+        world.store = SnapshotStore(folder / "snapshots" / side)
+    lived: dict[str, list[dict[str, Any]]] = {side: [] for side in scratch}
     for number in range(steps):
+        errors: Mapping[str, Exception] = {}
         try:
-            snapshot = scratch.step(seed=derive_seed(seed, number), hooks=hooks)
-        except (NodeExecutionError, OutputContractError) as error:
-            lived.append(
-                {"number": number, "error": str(error)[:2000], "story": "", "intent": "", "seen": [], "pictures": []}
-            )
-            continue
-        lived.append(_entry(scratch, snapshot, number, folder, side))
+            done = step_together(list(scratch.values()), seed=derive_seed(seed, number), hooks=hooks)
+            made = {snapshot.world_id: snapshot for snapshot in done}
+        except JointStepError as error:
+            made, errors = error.snapshots, error.errors
+            if not all(isinstance(e, (NodeExecutionError, OutputContractError)) for e in errors.values()):
+                raise
+        for side, world in scratch.items():
+            if world.world_id in made:
+                lived[side].append(_entry(world, made[world.world_id], number, folder, side))
+            else:
+                said = str(errors[world.world_id])[:2000]
+                lived[side].append(
+                    {"number": number, "error": said, "story": "", "intent": "", "seen": [], "pictures": []}
+                )
     return lived
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from wg_blocks.prompt import Settings, sentences_end, whole_sentences
-from wg_blocks.reading import Layers, Reader, cache_of, reader_of
+from wg_blocks.reading import Layers, Reader, reader_of, rows_of
 from wg_core.errors import OutputContractError
 from wg_core.execution.context import FRAME, check_stop
 from wg_core.weights.lora import per_row
@@ -349,40 +349,37 @@ def decode_batch(
     prefixes: PrefixCache | None,
     keys: Sequence[Any],
     tell: Callable[[Writer], None],
-    adapters: Sequence[Collection[object]] | None = None,
+    adapters: Sequence[Collection[object]],
 ) -> list[int] | None:
-    """Write answers together, padded on the left; what one is does not depend on the others but for rounding.
+    """Write answers together; what one is does not depend on the others but for rounding.
 
-    `keys` and `adapters` are those of each answer; without `adapters` all have those of the running call. Returns the
-    known tokens of each prompt; None, with nothing written, for a model whose cache cannot be padded.
+    `keys` and `adapters` are those of each answer. Returns the known tokens of each prompt; None, with nothing written,
+    for a model that keeps more than keys and values of what it read.
     """
     import torch
 
     def adapted(rows: Sequence[int]) -> AbstractContextManager[None]:
-        return nullcontext() if adapters is None else per_row([adapters[row] for row in rows])
+        return per_row([adapters[row] for row in rows])
 
-    device, words = next(model.parameters()).device, writers[0].vocabulary.size
+    def left_adapted(rows: Sequence[int]) -> AbstractContextManager[None]:
+        return adapted([places[row] for row in rows])
+
+    words = writers[0].vocabulary.size
     rows = list(writers)
     known: list[int] = []
-    read: list[Layers] = []
+    readers = [reader_of(model) for _ in rows]
     scores: list[Any] = []
     with torch.no_grad():
-        for row, writer in enumerate(rows):
-            reader = reader_of(model)
+        for row, (writer, reader) in enumerate(zip(rows, readers, strict=True)):
             with adapted([row]):
                 score, cached = read_prompt(reader, writer.prompt, prefixes, keys[row], writer.shared)
             if reader.layers is None:
                 return None
             known.append(cached)
-            read.append(reader.layers)
             scores.append(score[0])
-        sizes = [len(writer.prompt) for writer in rows]
-        longest = max(sizes)
-        cache = cache_of(model, [_padded([r[i] for r in read], longest) for i in range(len(read[0]))])
-        del read
-        mask = torch.tensor([[0] * (longest - size) + [1] * size for size in sizes], device=device)
+        joint = rows_of(readers)
         places = list(range(len(rows)))  # of what is left of the rows, among all
-        waiting: list[list[int]] = [[] for _ in rows]  # tokens that the structure leaves no choice of come one by one
+        waiting: list[list[int]] = [[] for _ in rows]  # tokens that are written, but not read yet
         while True:
             for row, writer in enumerate(rows):
                 if not waiting[row] and not writer.done:
@@ -394,31 +391,10 @@ def decode_batch(
             if not going:
                 break
             if len(going) < len(rows):
-                index = torch.tensor(going, device=device)
-                cache.batch_select_indices(index)
-                rows, sizes, waiting, places = ([x[row] for row in going] for x in (rows, sizes, waiting, places))
-                mask = mask[index]
+                joint.keep(going)
+                rows, waiting, places = ([x[row] for row in going] for x in (rows, waiting, places))
             _stop()
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            fed = torch.tensor([[tokens.pop(0)] for tokens in waiting], device=device)
-            at = torch.tensor([[size] for size in sizes], device=device)
-            with adapted(places):
-                out = model(
-                    input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1, attention_mask=mask, position_ids=at
-                )
-            cache, scores = out.cache, list(out.logits[:, -1])
-            sizes = [size + 1 for size in sizes]
+            scores = list(joint.read(waiting, left_adapted))
     for writer in writers:
         writer.finish()
     return known
-
-
-def _padded(pairs: Sequence[tuple[Any, Any]], size: int) -> tuple[Any, Any]:
-    from torch.nn.functional import pad
-
-    def joined(tensors: list[Any]) -> Any:
-        import torch
-
-        return torch.cat([pad(t, (0, 0, size - t.shape[-2], 0)) for t in tensors])
-
-    return joined([k for k, _ in pairs]), joined([v for _, v in pairs])

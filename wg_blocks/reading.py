@@ -5,11 +5,15 @@ Both keep the keys and values of what was read, and give the scores of the token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 Layers = list[tuple[Any, Any]]
 """Keys and values of each layer, [batch, heads of keys, tokens, head size]."""
+
+Adapted = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""What is around the computation of a batch whose rows belong to these sequences."""
 
 
 def reader_of(model: Any) -> Reader:
@@ -106,7 +110,7 @@ class LlamaReader(Reader):
                     kept[:, :, :size] = given
             self._at = size
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, used: int = 0) -> None:
         import torch
 
         old = self._room
@@ -116,39 +120,143 @@ class LlamaReader(Reader):
         shape = (len(layers), 2, 1, self._kept, max(size, 256, 2 * (0 if old is None else old.shape[-2])), self._size)
         self._room = torch.empty(shape, dtype=weight.dtype, device=self.device)
         if old is not None:
-            self._room[..., : self._at, :] = old[..., : self._at, :]
+            self._room[..., :used, :] = old[..., :used, :]
 
     def read(self, ids: Sequence[int], *, scores: bool = True) -> Any:
+        return self.read_rows([self], [ids], scores=scores)
+
+    @staticmethod
+    def read_rows(
+        readers: Sequence[LlamaReader], ids: Sequence[Sequence[int]], adapted: Adapted | None = None, *, scores: bool = True
+    ) -> Any:
+        """Read some tokens in each of several sequences; scores of the next one of each, [sequences, rows of the output].
+
+        Linear layers are given the tokens of all, [tokens, features], so that weights are read from memory once; each
+        sequence attends to its own. `adapted(sequence of each row)` is around what is computed of these rows.
+        """
         import torch
         from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-        model, begin, number = self.model.model, self._at, len(ids)
-        end = begin + number
-        self._make_room(end)
-        x = model.embed_tokens(torch.tensor([ids], device=self.device))
-        cos, sin = (t[:, :, None] for t in model.rotary_emb(x, torch.arange(begin, end, device=self.device)[None]))
-        half = self._size // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        seen = torch.ones(number, end, dtype=torch.bool, device=self.device).tril_(begin) if number > 1 else None
-        for layer, (keys, values) in zip(model.layers, self._room, strict=True):
-            at, mlp = layer.self_attn, layer.mlp
-            h = rms_norm(x, weight=layer.input_layernorm.weight, **self._norm)
-            both = torch.cat([at.q_proj(h), at.k_proj(h)], -1).view(1, number, self._heads + self._kept, self._size)
-            both = (both * cos).addcmul_(both.roll(half, -1), sin).transpose(1, 2)
-            keys[:, :, begin:end] = both[:, self._heads :]
-            values[:, :, begin:end] = at.v_proj(h).view(1, number, self._kept, self._size).transpose(1, 2)
-            mixed = scaled_dot_product_attention(
-                both[:, : self._heads], keys[:, :, :end], values[:, :, :end], attn_mask=seen, scale=self._scale,
-                enable_gqa=True,
-            )  # fmt: skip
-            x = x + at.o_proj(mixed.transpose(1, 2).reshape(1, number, self._heads * self._size))
-            h = rms_norm(x, weight=layer.post_attention_layernorm.weight, **self._norm)
-            x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
-        self._at = end
+        one = readers[0]
+        model, heads, size, norm = one.model.model, one._heads, one._size, one._norm
+        spans: list[tuple[LlamaReader, slice, slice, Any]] = []  # whose tokens, where they stand, where they go, what they see
+        first = 0
+        for reader, given in zip(readers, ids, strict=True):
+            number, begin = len(given), reader._at
+            end = reader._at = begin + number
+            reader._make_room(end, begin)
+            seen = torch.ones(number, end, dtype=torch.bool, device=one.device).tril_(begin) if number > 1 else None
+            spans.append((reader, slice(first, first + number), slice(begin, end), seen))
+            first += number
+        around = adapted or (lambda rows: nullcontext())
+        with around([row for row, given in enumerate(ids) for _ in given]):
+            x = model.embed_tokens(torch.tensor([token for given in ids for token in given], device=one.device))
+            places = torch.cat([torch.arange(to.start, to.stop, device=one.device) for _, _, to, _ in spans])
+            cos, sin = (t[0, :, None] for t in model.rotary_emb(x, places[None]))
+            half = size // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            for number, layer in enumerate(model.layers):
+                at, mlp = layer.self_attn, layer.mlp
+                h = rms_norm(x, weight=layer.input_layernorm.weight, **norm)
+                both = torch.cat([at.q_proj(h), at.k_proj(h)], -1).view(first, heads + one._kept, size)
+                both = (both * cos).addcmul_(both.roll(half, -1), sin).transpose(0, 1)
+                new = at.v_proj(h).view(first, one._kept, size).transpose(0, 1)
+                mixed: list[Any] = []
+                for reader, of, to, seen in spans:
+                    keys, values = reader._room[number]
+                    keys[0, :, to], values[0, :, to] = both[heads:, of], new[:, of]
+                    mixed.append(scaled_dot_product_attention(
+                        both[None, :heads, of], keys[:, :, : to.stop], values[:, :, : to.stop], attn_mask=seen,
+                        scale=one._scale, enable_gqa=True,
+                    )[0].transpose(0, 1))  # fmt: skip
+                x = x + at.o_proj((mixed[0] if len(mixed) == 1 else torch.cat(mixed)).reshape(first, heads * size))
+                h = rms_norm(x, weight=layer.post_attention_layernorm.weight, **norm)
+                x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
         if not scores:
             return None
-        return self.model.lm_head(rms_norm(x[:, -1:], weight=model.norm.weight, **self._norm))[:, -1]
+        with around(range(len(readers))):
+            return one.model.lm_head(rms_norm(x[[of.stop - 1 for _, of, _, _ in spans]], weight=model.norm.weight, **norm))
 
     @property
     def layers(self) -> Layers:
         return [(keys[:, :, : self._at], values[:, :, : self._at]) for keys, values in self._room]
+
+
+def rows_of(readers: Sequence[Reader]) -> Rows:
+    """What reads on in several sequences at once, each of which was begun by a reader of its own."""
+    return LlamaRows(readers) if all(isinstance(reader, LlamaReader) for reader in readers) else PaddedRows(readers)
+
+
+class Rows:
+    """Several sequences that are read on together."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.readers = list(readers)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only."""
+        self.readers = [self.readers[row] for row in rows]
+
+    def read(self, waiting: Sequence[list[int]], adapted: Adapted) -> Any:
+        """Read from the begin of each list, out of which it takes what it read; scores of the next token of each."""
+        raise NotImplementedError
+
+
+class LlamaRows(Rows):
+    """All that waits is read in one pass, and nothing is padded."""
+
+    def read(self, waiting: Sequence[list[int]], adapted: Adapted) -> Any:
+        given = [list(tokens) for tokens in waiting]
+        for tokens in waiting:
+            tokens.clear()
+        return LlamaReader.read_rows(cast("list[LlamaReader]", self.readers), given, adapted)
+
+
+class PaddedRows(Rows):
+    """One token of each is read, by the model's own pass over a cache that is padded on the left."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        import torch
+
+        super().__init__(readers)
+        self.model = readers[0].model
+        read = [cast(Layers, reader.layers) for reader in readers]
+        self._sizes = [layers[0][0].shape[-2] for layers in read]
+        longest, device = max(self._sizes), readers[0].device
+        padded = [_padded([layers[i] for layers in read], longest) for i in range(len(read[0]))]
+        self._cache = cache_of(self.model, padded)
+        self._mask = torch.tensor([[0] * (longest - size) + [1] * size for size in self._sizes], device=device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        import torch
+
+        super().keep(rows)
+        index = torch.tensor(rows, device=self._mask.device)
+        self._cache.batch_select_indices(index)
+        self._sizes, self._mask = [self._sizes[row] for row in rows], self._mask[index]
+
+    def read(self, waiting: Sequence[list[int]], adapted: Adapted) -> Any:
+        import torch
+
+        device = self._mask.device
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(waiting), 1)], dim=1)
+        fed = torch.tensor([[tokens.pop(0)] for tokens in waiting], device=device)
+        at = torch.tensor([[size] for size in self._sizes], device=device)
+        with adapted(range(len(waiting))):
+            out = self.model(
+                input_ids=fed, cache=self._cache, use_cache=True, logits_to_keep=1, attention_mask=self._mask,
+                position_ids=at,
+            )  # fmt: skip
+        self._cache, self._sizes = out.cache, [size + 1 for size in self._sizes]
+        return out.logits[:, -1]
+
+
+def _padded(pairs: Sequence[tuple[Any, Any]], size: int) -> tuple[Any, Any]:
+    from torch.nn.functional import pad
+
+    def joined(tensors: list[Any]) -> Any:
+        import torch
+
+        return torch.cat([pad(t, (0, 0, size - t.shape[-2], 0)) for t in tensors])
+
+    return joined([k for k, _ in pairs]), joined([v for _, v in pairs])

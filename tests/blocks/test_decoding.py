@@ -227,6 +227,10 @@ def test_runs_of_a_batch_are_decoded_together_as_if_one_by_one(block: CausalLM) 
         {"prompt": ["Two.", "Three."], "params": {"max_new_tokens": 9, "temperature": 0}},
     ]
     alone = [graph.run(inputs) for inputs in batch]
+    read: list[int] = []
+    hook = block.module.model.embed_tokens.register_forward_hook(lambda m, a, o: read.append(len(a[0])))
+    assert graph.run_batch(batch) == alone and len(read) < 5 + 33 and 4 in read, read  # one pass for all
+    hook.remove()
     calls: list[int] = []
     block.module.register_forward_hook(lambda m, a, k, o: calls.append(len(k["input_ids"])), with_kwargs=True)
     seen: list[int] = []
