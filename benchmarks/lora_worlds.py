@@ -16,10 +16,21 @@ from typing import Any
 import psutil
 
 
+def stir(world: Any, seed: int, size: float) -> None:
+    """Let the adapters of a LoRA world that change nothing yet change a little."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in world.named_trainable_parameters():
+        if not parameter.any():
+            with torch.no_grad():
+                parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) * size)
+
+
 def measure(file: Path, rank: int, tokens: int) -> dict[str, Any]:
     """Megabytes and tokens per second, and their ratios."""
     import peft  # noqa: F401
-    import torch
+    import torch  # noqa: F401
 
     from wg_core import World
     from wg_core.levels.lora_world import lora_world
@@ -43,12 +54,8 @@ def measure(file: Path, rank: int, tokens: int) -> dict[str, Any]:
     worlds = [lora_world(base, name, rank=rank) for name in ("first", "second")]
     adapters = 0
     for seed, world in enumerate(worlds):
-        generator = torch.Generator().manual_seed(seed)
-        for _, parameter in world.named_trainable_parameters():
-            adapters += parameter.numel() * parameter.element_size()
-            if not parameter.any():  # an adapter that changes nothing yet: let it change a little
-                with torch.no_grad():
-                    parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) * 0.05)
+        stir(world, seed, 0.05)
+        adapters += sum(parameter.numel() * parameter.element_size() for _, parameter in world.named_trainable_parameters())
     answers, speeds = zip(*(answer(world) for world in worlds), strict=True)
     again, beside_speed = answer(base)
     together = process.memory_info().rss

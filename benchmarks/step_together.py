@@ -17,6 +17,8 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+from lora_worlds import stir
+
 from wg_core import World, step_together
 from wg_core.levels.lora_world import lora_world
 from wg_core.state.store import SnapshotStore
@@ -32,15 +34,9 @@ def copies(base: World) -> list[World]:
 
 def adapted(base: World, rank: int) -> list[World]:
     """The world, and two LoRA worlds on it whose adapters change a little."""
-    import torch
-
     worlds = [base, *(lora_world(base, name, rank=rank) for name in ("noir", "calm"))]
     for seed, world in enumerate(worlds[1:]):
-        generator = torch.Generator().manual_seed(seed)
-        for _, parameter in world.named_trainable_parameters():
-            if not parameter.any():
-                with torch.no_grad():
-                    parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) * 0.02)
+        stir(world, seed, 0.02)
     return worlds
 
 

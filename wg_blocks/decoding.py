@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 from wg_blocks.prompt import Settings, sentences_end, whole_sentences
@@ -64,7 +63,6 @@ class Writer:
         self.random = torch.Generator(device="cpu").manual_seed(seed)
         self._warpers = _warpers(settings)
         self._copies = _Copies(prompt, settings.no_repeat_ngram) if settings.no_repeat_ngram else None
-        self._seen: Any = None
 
     @property
     def done(self) -> bool:
@@ -204,6 +202,13 @@ def _draw(scores: Any, settings: Settings, warpers: Sequence[Any], random: Any) 
 
 # ---- what is kept of prompts ------------------------------------------------------------------------------------------
 
+
+def agreeing(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many numbers two sequences begin with alike."""
+    shorter = min(len(one), len(other))
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), shorter)
+
+
 def ends_of_pieces(size: int, shared: int) -> list[int]:
     """Where the pieces of a prompt of `size` tokens end: one at the end of its `shared` begin, all of at most `PIECE`."""
     return [*range(PIECE, shared, PIECE), *([shared] if shared else ()), *range(shared + PIECE, size, PIECE), size]
@@ -245,9 +250,8 @@ class PrefixCache:
             for kept in self._kept:
                 if kept.key != key:
                     continue
-                same = next((i for i, (a, b) in enumerate(zip(kept.ids, ids, strict=False)) if a != b), len(kept.ids))
-                alike = takewhile(lambda pair: pair[0] == pair[1], zip(kept.ends, ends[:-1], strict=False))
-                size = max((end for end, _ in alike if end <= same), default=0)
+                same, pieces = agreeing(kept.ids, ids), agreeing(kept.ends, ends[:-1])
+                size = max((end for end in kept.ends[:pieces] if end <= same), default=0)
                 if size > best:
                     best, owner = size, kept
             if owner is None:

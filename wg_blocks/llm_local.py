@@ -15,7 +15,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wg_blocks.decoding import EMIT_EVERY, PrefixCache, Vocabulary, Writer, decode, decode_batch
+from wg_blocks.decoding import EMIT_EVERY, PrefixCache, Vocabulary, Writer, agreeing, decode, decode_batch
 from wg_blocks.json_schema import bounded, problems
 from wg_blocks.prompt import LLM_PORTS, Message, Settings, answers_in_pieces, pack, with_context
 from wg_blocks.published import Published
@@ -232,11 +232,11 @@ class CausalLM(Published):
     # ---- one call
 
     def stream_forward(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
-        """Pieces of the text come for one prompt without a schema; several prompts are decoded as one padded batch."""
+        """Pieces of the text come for one prompt without a schema; several prompts are decoded as one batch."""
         return answers_in_pieces(inputs, self.checkpoint_ref, self._complete, together=self._completed)
 
     def batch_forward(self, inputs: dict[str, Any]) -> Generator[Any, Any, dict[str, Any]]:
-        """Answers of several calls are decoded as one padded batch, each with the adapters and the seed of its call."""
+        """Answers of several calls are decoded as one batch, each with the adapters and the seed of its call."""
         one, several = (partial(how, joined=True) for how in (self._complete, self._completed))
         return answers_in_pieces(inputs, self.checkpoint_ref, one, together=several)
 
@@ -391,8 +391,8 @@ class CausalLM(Published):
         """How many tokens stand before the first text that is not the system's; 0 where that cannot be told."""
         system = [*takewhile(lambda m: m["role"] == "system", chat)]
         one, other = (self._prompt_ids([*system, {"role": "user", "content": text}]) for text in "ab")
-        size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
-        return size if one[:size] == [*prompt[:size]] else 0
+        size = agreeing(one, other)
+        return size if size < len(one) and size == agreeing(one[:size], prompt) else 0
 
     def _marks(self) -> re.Pattern[str]:
         """What matches the model's control tokens in a text."""

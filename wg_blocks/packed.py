@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from wg_blocks.reading import Layers, Reader
+from wg_blocks.reading import RoomReader
 from wg_core.errors import ConfigError
 
 BLOCK = 32
@@ -234,43 +234,27 @@ def _elsewhere(name: str, value: Tensor) -> onnx.TensorProto:
     return tensor
 
 
-class PackedReader(Reader):
-    """Reads one sequence by ONNX Runtime, which writes keys and values into room that grows by doubling."""
+class PackedReader(RoomReader):
+    """Reads one sequence by ONNX Runtime, which writes keys and values into the room."""
 
     def __init__(self, model: PackedLlama, session: onnxruntime.InferenceSession) -> None:
-        self.model = model
+        super().__init__(model)
         self._run = session
         self._binding = session.io_binding()
-        self._room: Any = None
-        self._at = 0
 
     def _bind(self, name: str, value: Tensor, *, out: bool = False) -> None:
         kind = np.int32 if value.dtype == torch.int32 else np.float32
         bind = self._binding.bind_output if out else self._binding.bind_input
         bind(name, "cpu", 0, kind, tuple(value.shape), value.data_ptr())
 
-    def _make_room(self, size: int) -> None:
-        old, config = self._room, self.model.config
-        if old is not None and old.shape[-2] >= size:
-            return
-        tokens = max(size, 256, 2 * (0 if old is None else old.shape[-2]))
-        shape = (len(self.model.layers), 2, 1, config.num_key_value_heads, tokens, self.model.head_size)
-        self._room = torch.zeros(shape)
-        if old is not None:
-            self._room[..., : self._at, :] = old[..., : self._at, :]
-        for i, pair in enumerate(self._room):
+    def new_room(self, tokens: int) -> Tensor:
+        heads = self.model.config.num_key_value_heads
+        room = torch.zeros(len(self.model.layers), 2, 1, heads, tokens, self.model.head_size)
+        for i, pair in enumerate(room):
             for name, kept in zip((f"keys{i}", f"values{i}"), pair, strict=True):
                 self._bind(name, kept)
                 self._bind(f"{name}_now", kept, out=True)
-
-    def begin(self, layers: Layers) -> None:
-        size = layers[0][0].shape[-2] if layers else 0
-        self._at = 0
-        self._make_room(size)
-        for room, pair in zip(self._room, layers, strict=False):
-            for kept, given in zip(room, pair, strict=True):
-                kept[:, :, :size] = given
-        self._at = size
+        return room
 
     def read(self, ids: Sequence[int], *, scores: bool = True) -> Any:
         end = self._at + len(ids)
@@ -283,7 +267,3 @@ class PackedReader(Reader):
         self._run.run_with_iobinding(self._binding)
         self._at = end
         return found if scores else None
-
-    @property
-    def layers(self) -> Layers:
-        return [(keys[:, :, : self._at], values[:, :, : self._at]) for keys, values in self._room]

@@ -70,23 +70,57 @@ class Reader:
         return layers_of(self._cache)
 
 
-class LlamaReader(Reader):
-    """Reads by the layers of a `LlamaForCausalLM`, in fewer operations, into room that grows by doubling.
+class RoomReader(Reader):
+    """Keeps keys and values in room that grows by doubling, [layers, 2, 1, heads of keys, tokens, head size]."""
 
-    The model's own pass copies all keys and values for each token. Embeddings and linear layers are called as modules,
-    so adapters and 8-bit weights work; numbers differ from those of the model's own pass by rounding. Formulas: Touvron
-    et al. 2023 (https://arxiv.org/abs/2302.13971), rotary embedding of Su et al. 2021 (https://arxiv.org/abs/2104.09864)
-    with halves as in transformers, grouped queries of Ainslie et al. 2023 (https://arxiv.org/abs/2305.13245).
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._room: Any = None
+        self._at = 0
+
+    def new_room(self, tokens: int) -> Any:
+        """Room for so many tokens."""
+        raise NotImplementedError
+
+    def begin(self, layers: Layers) -> None:
+        size = layers[0][0].shape[-2] if layers else 0
+        self._at = 0
+        self._make_room(size)
+        for room, pair in zip(self._room, layers, strict=bool(layers)):
+            for kept, given in zip(room, pair, strict=True):
+                kept[:, :, :size] = given
+        self._at = size
+
+    def _make_room(self, size: int) -> None:
+        """Have room for `size` tokens, and in it what was read up to now."""
+        old = self._room
+        if old is not None and old.shape[-2] >= size:
+            return
+        self._room = self.new_room(max(size, 256, 0 if old is None else 2 * old.shape[-2]))
+        if old is not None:
+            self._room[..., : self._at, :] = old[..., : self._at, :]
+
+    @property
+    def layers(self) -> Layers:
+        return [(keys[:, :, : self._at], values[:, :, : self._at]) for keys, values in self._room]
+
+
+class LlamaReader(RoomReader):
+    """Reads by the layers of a `LlamaForCausalLM`, in fewer operations than the model's own pass.
+
+    That one copies all keys and values for each token. Embeddings and linear layers are called as modules, so adapters
+    work; numbers differ from those of the model's own pass by rounding. Formulas: Touvron et al. 2023
+    (https://arxiv.org/abs/2302.13971), rotary embedding of Su et al. 2021 (https://arxiv.org/abs/2104.09864) with halves
+    as in transformers, grouped queries of Ainslie et al. 2023 (https://arxiv.org/abs/2305.13245).
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         config, first = model.config, model.model.layers[0].self_attn
+        self.device = model.model.norm.weight.device
         self._heads, self._kept, self._size = config.num_attention_heads, config.num_key_value_heads, first.head_dim
         self._norm = {"normalized_shape": (config.hidden_size,), "eps": config.rms_norm_eps}
         self._scale = first.scaling
-        self._room: Any = None
-        self._at = 0
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -100,27 +134,11 @@ class LlamaReader(Reader):
         passed = (model, model.model, model.model.norm, *blocks, *norms)
         return not any(m._forward_hooks or m._forward_pre_hooks for m in passed)
 
-    def begin(self, layers: Layers) -> None:
-        self._at = 0
-        if layers:
-            size = layers[0][0].shape[-2]
-            self._make_room(size)
-            for room, pair in zip(self._room, layers, strict=True):
-                for kept, given in zip(room, pair, strict=True):
-                    kept[:, :, :size] = given
-            self._at = size
-
-    def _make_room(self, size: int, used: int = 0) -> None:
+    def new_room(self, tokens: int) -> Any:
         import torch
 
-        old = self._room
-        if old is not None and old.shape[-2] >= size:
-            return
-        layers, weight = self.model.model.layers, self.model.model.norm.weight
-        shape = (len(layers), 2, 1, self._kept, max(size, 256, 2 * (0 if old is None else old.shape[-2])), self._size)
-        self._room = torch.empty(shape, dtype=weight.dtype, device=self.device)
-        if old is not None:
-            self._room[..., :used, :] = old[..., :used, :]
+        shape = (len(self.model.model.layers), 2, 1, self._kept, tokens, self._size)
+        return torch.empty(shape, dtype=self.model.model.norm.weight.dtype, device=self.device)
 
     def read(self, ids: Sequence[int], *, scores: bool = True) -> Any:
         return self.read_rows([self], [ids], scores=scores)
@@ -143,8 +161,9 @@ class LlamaReader(Reader):
         first = 0
         for reader, given in zip(readers, ids, strict=True):
             number, begin = len(given), reader._at
-            end = reader._at = begin + number
-            reader._make_room(end, begin)
+            end = begin + number
+            reader._make_room(end)
+            reader._at = end
             seen = torch.ones(number, end, dtype=torch.bool, device=one.device).tril_(begin) if number > 1 else None
             spans.append((reader, slice(first, first + number), slice(begin, end), seen))
             first += number
@@ -176,10 +195,6 @@ class LlamaReader(Reader):
             return None
         with around(range(len(readers))):
             return one.model.lm_head(rms_norm(x[[of.stop - 1 for _, of, _, _ in spans]], weight=model.norm.weight, **norm))
-
-    @property
-    def layers(self) -> Layers:
-        return [(keys[:, :, : self._at], values[:, :, : self._at]) for keys, values in self._room]
 
 
 def rows_of(readers: Sequence[Reader]) -> Rows:
