@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import AsyncGeneratorType
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,22 @@ def test_a_stream_that_is_no_answer(fault: str, api: Callable[..., Block], serve
     with pytest.raises(NodeExecutionError, match=says) as caught:
         read(graph_of(api(max_response_bytes=100_000)), {"prompt": "x"})
     assert isinstance(caught.value.__cause__, ApiResponseError) and len(server.seen) == 1
+
+
+def test_a_failed_stream_is_closed_where_it_was_read(api: Callable[..., Block], server: ApiServer) -> None:
+    """03 W-21: nothing half-read is left to the garbage collector, which would close it from another thread."""
+    gc.collect()
+    gc.disable()
+    try:
+        for reply, says in BAD_STREAMS.values():
+            server.replies.append(reply)
+            with pytest.raises(NodeExecutionError, match=says):
+                read(graph_of(api(max_response_bytes=100_000)), {"prompt": "x"})
+        until = time.monotonic() + 5
+        while left := [o for o in gc.get_objects() if isinstance(o, AsyncGeneratorType)]:
+            assert time.monotonic() < until, left
+    finally:
+        gc.enable()
 
 
 def test_what_fails_before_the_first_piece_is_tried_again(api: Callable[..., Block], server: ApiServer) -> None:

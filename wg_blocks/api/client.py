@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -107,10 +108,12 @@ class Client:
                 try:
                     async with asyncio.timeout_at(asyncio.get_running_loop().time() + ends - time.monotonic()) as scope:
                         await asyncio.sleep(max(0.0, self._quiet_until - time.monotonic()))
-                        if ahead is None:
-                            return await attempt(self.provider)
-                        told = _Teller(ahead, scope)
-                        return await attempt(self.provider, told)
+                        told = None if ahead is None else _Teller(ahead, scope)
+                        try:
+                            return await (attempt(self.provider) if told is None else attempt(self.provider, told))
+                        except BaseException as error:
+                            _let_go(error)
+                            raise
                 except TimeoutError:
                     last = f" (before that: {said})" if said else ""
                     failure = ApiTimeoutError(
@@ -150,6 +153,17 @@ class Client:
     def close(self) -> None:
         """Close connections."""
         _wait(self.provider.close(), None)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Let go of what a failed attempt held, here, in the thread of its loop.
+
+    An error keeps the frames that it went through, and these the half-read streams of the client library. Left to the
+    garbage collector of another thread, one such stream may be closed by both threads at once.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class HttpProvider:
                 raise self._wrong(f"an event of its stream is no JSON ({error})") from None
             finally:
                 await stream.close()
+                await stream._iterator.aclose()  # it and the stream refer to each other: only a collector would end it
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
