@@ -34,7 +34,7 @@ from wg_core.weights.lora import per_row, working_on
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # the last where rounding must decide nothing
 BITS = {"int8": 8, "int4": 4}
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

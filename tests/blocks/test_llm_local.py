@@ -143,9 +143,14 @@ def test_a_stop_text_ends_the_answer_and_is_left_out(block: CausalLM) -> None:
 
 
 def test_whole_sentences_cuts_what_ran_out_of_room_and_nothing_else(block: CausalLM) -> None:
+    block.materialize()
+    likes = torch.zeros(block.module.lm_head.out_features)
+    likes[block._tokenizer.convert_tokens_to_ids([".", "\u0120"])] = 4.0  # a model that likes full stops and spaces
+    likes[block._tokenizer.eos_token_id] = -20.0
+    block.module.lm_head.register_forward_hook(lambda m, a, out: torch.zeros_like(out) + likes)
     seen = 0
-    for seed in range(30):
-        params = {"seed": seed, "max_new_tokens": 120, "temperature": 1.5, "top_k": 0, "top_p": 1.0}
+    for seed in range(8):
+        params = {"seed": seed, "max_new_tokens": 120, "temperature": 1.0, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0}
         raw = block.run({"prompt": "Hi", "params": params})
         whole = block.run({"prompt": "Hi", "params": {**params, "whole_sentences": True}})["text"]
         assert raw["text"].startswith(whole)

@@ -35,12 +35,13 @@ def config(folder: Path, world_id: str = "base") -> dict[str, Any]:
 
     far = {"block_type": "llm/api", "config": {"backend": "api", "provider": "fake", "model_id": "far-1"}}
     judge = {"reads": ["intent"], "writes": ["outcome"]}
+    lm = {"block_type": "llm/hf", "config": {"checkpoint_ref": str(model(folder)), "dtype": "float64"}}  # rounding decides no token
     return {
         "kind": "world",
         "world_id": world_id,
         "execution": {
             "cycle": ["tell", "judge"],
-            "models": {"text": {"block_type": "llm/hf", "config": {"checkpoint_ref": str(model(folder))}}},
+            "models": {"text": lm},
             "stages": {
                 "tell": stage("tell", "A storm lands.", {"writes": ["intent"], "reads": []}, {"intent.text": "text"}),
                 "judge": stage("judge", "The bell rings.", judge, {"outcome.narrative": "text"},
