@@ -139,30 +139,44 @@ def fill_depressions(height: NDArray[np.float64]) -> NDArray[np.float64]:
     """The surface on which water runs off from every cell, to the sea (below 0) or over the border.
 
     Priority flood with a tiny slope over filled ground (Barnes, Lehman, Mulla 2014, doi:10.1016/j.cageo.2013.04.024).
+    A cell from which lower neighbours lead out keeps its height, so only the catchments of pits are flooded.
     """
     import heapq
 
     import numpy as np
 
     rows, cols = height.shape
-    filled = height.tolist()
-    edge = np.zeros(height.shape, bool)
-    edge[0], edge[-1], edge[:, 0], edge[:, -1] = True, True, True, True
-    seen = edge | (height < 0)
-    heap = [(filled[r][c], r, c) for r, c in np.argwhere(seen).tolist()]
-    done = seen.tolist()
+    field = np.pad(height, 1, constant_values=np.inf)
+    out = np.pad(height < 0, 1)
+    out[1], out[-2], out[:, 1], out[:, -2] = True, True, True, True
+    wide = cols + 2
+    around = (-wide - 1, -wide, -wide + 1, -1, 1, wide - 1, wide, wide + 1)
+    inner = (np.arange(rows)[:, None] + 1) * wide + np.arange(cols) + 1
+    flat, leaves = field.ravel(), out.ravel()
+
+    near = np.stack([flat[inner + step] for step in around])
+    lowest = inner + np.array(around)[near.argmin(0)]
+    down = np.arange(flat.size)
+    down[inner] = np.where((near.min(0) < height) & ~leaves[inner], lowest, inner)
+    while not np.array_equal(down, further := down[down]):
+        down = further
+    dry = leaves[down]
+    dry[np.isinf(flat)] = True
+
+    shores = inner[dry[inner] & ~np.logical_and.reduce([dry[inner + step] for step in around])]
+    filled, done = flat.tolist(), dry.tolist()
+    heap = list(zip(flat[shores].tolist(), shores.tolist(), strict=True))
     heapq.heapify(heap)
     while heap:
-        level, r, c = heapq.heappop(heap)
-        for rr in range(max(r - 1, 0), min(r + 2, rows)):
-            row = done[rr]
-            for cc in range(max(c - 1, 0), min(c + 2, cols)):
-                if not row[cc]:
-                    row[cc] = True
-                    if filled[rr][cc] <= level:
-                        filled[rr][cc] = level + 1e-4
-                    heapq.heappush(heap, (filled[rr][cc], rr, cc))
-    return np.array(filled)
+        level, cell = heapq.heappop(heap)
+        for step in around:
+            at = cell + step
+            if not done[at]:
+                done[at] = True
+                if filled[at] <= level:
+                    filled[at] = level + 1e-4
+                heapq.heappush(heap, (filled[at], at))
+    return np.array(filled).reshape(rows + 2, wide)[1:-1, 1:-1].copy()
 
 
 def drainage(filled: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -181,10 +195,10 @@ def drainage(filled: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np
                 best, target = np.where(steeper, drop, best), np.where(steeper, index + dr * cols + dc, target)
     down = target.ravel()
     area = [1.0] * filled.size
-    downs = down.tolist()
-    for cell in np.argsort(-filled.ravel(), kind="stable").tolist():
-        if downs[cell] != cell:
-            area[downs[cell]] += area[cell]
+    downwards = np.argsort(-filled.ravel(), kind="stable")
+    downwards = downwards[down[downwards] != downwards]
+    for cell, below in zip(downwards.tolist(), down[downwards].tolist(), strict=True):
+        area[below] += area[cell]
     return down, np.array(area)
 
 

@@ -140,12 +140,14 @@ def erode(height: NDArray[np.float64], rounds: int = 4, strength: float = 0.035)
         if turn:
             surface = fill_depressions(surface)
         down, area = drainage(surface)
-        flat, cut = surface.ravel().tolist(), (strength * np.sqrt(area)).tolist()
-        target, dry = down.tolist(), land.ravel().tolist()
-        for cell in np.argsort(surface, axis=None, kind="stable").tolist():
-            below = target[cell]
-            if dry[cell] and below != cell:
-                flat[cell] = (flat[cell] + cut[cell] * max(flat[below], 0.0)) / (1 + cut[cell])
+        upwards = np.argsort(surface, axis=None, kind="stable")
+        upwards = upwards[(land.ravel() & (down != np.arange(down.size)))[upwards]]
+        flat = surface.ravel().tolist()
+        for cell, below, cut in zip(
+            upwards.tolist(), down[upwards].tolist(), (strength * np.sqrt(area[upwards])).tolist(), strict=True
+        ):
+            level = flat[below]
+            flat[cell] = (flat[cell] + cut * (level if level > 0 else 0.0)) / (1 + cut)
         surface = np.array(flat).reshape(height.shape)
         surface += 0.06 * np.where(land, ndimage.laplace(surface, mode="nearest"), 0.0)  # slopes creep
     surface = fill_depressions(np.where(land, np.maximum(surface, 0.5), height)) - depth
