@@ -10,7 +10,8 @@ from wg_blocks.prompt import Settings
 from wg_blocks.text import Template
 from wg_core.execution.agent import AGENT_STEPS
 from wg_core.execution.block import Block
-from wg_core.execution.executable_graph import ExecutableGraph, Node
+from wg_core.execution.executable_graph import ExecutableGraph
+from wg_core.execution.node import Node
 from wg_core.execution.plan import steps_of
 
 CHARS_PER_TOKEN = 4  # a common estimate for text that no tokenizer has counted

@@ -10,7 +10,7 @@ from blocks_for_tests import Add, Affine, Calls, Const, Echo, Join, Saw, Typed, 
 
 from wg_core import Block, Graph, Port
 from wg_core.errors import ConfigError, EdgeError, NodeError
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 from wg_core.structure.topology import Edge
 
 

@@ -9,7 +9,7 @@ import pytest
 from blocks_for_tests import Add, Affine, Const, Echo, LoopInfo, TwoStep, chain, cycle
 
 from wg_core import Block, Graph, Pipeline, Stage, World
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 
 
 def branching() -> Pipeline:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from wg_core import Block, Graph, Port
 from wg_core.errors import NodeExecutionError, PortValueError
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 
 whole = st.integers(-3, 3)
 

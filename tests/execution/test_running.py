@@ -40,7 +40,7 @@ from wg_core.errors import (
 )
 from wg_core.execution.blobs import MemoryBlobs
 from wg_core.execution.context import Event, derive_seed
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 from wg_core.execution.plan import Placeholder
 
 

@@ -10,7 +10,7 @@ import pytest
 from blocks_for_tests import Add, Affine, Calls, Const, Echo, Join, Model, Saw, Typed, chain, cycle, new_registry
 
 from wg_core import Graph, ModelPool, Pipeline, ValidationError
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 from wg_core.execution.validate import Issue, validate_structure
 from wg_core.structure.hyperlink import HyperEdge, HyperLink, Member, Resolvers
 

@@ -12,7 +12,7 @@ from blocks_for_tests import Affine, Const, Weights, chain, cycle
 
 from wg_core import Block, BlockRegistry, ConfigError, Graph, ModelPool
 from wg_core.errors import NodeError, StateDictError, UnknownBlockTypeError
-from wg_core.execution.executable_graph import LoopSpec, Node
+from wg_core.execution.node import LoopSpec, Node
 from wg_core.structure.hyperlink import HyperEdge, HyperLink
 
 

@@ -19,7 +19,7 @@ from wg_core.errors import (
     ToolError,
     UnknownBlockTypeError,
 )
-from wg_core.execution.executable_graph import Node
+from wg_core.execution.node import Node
 
 
 class Net(roles.Backbone):

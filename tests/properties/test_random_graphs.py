@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wg_core import Block, BlockRegistry, Graph, ModelPool, Port
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 
 PRIME = 1_000_003  # numbers stay small, and a wrong order or a wrong feed shows
 

@@ -10,7 +10,7 @@ from nets import PORTS, Linear, chain
 
 from wg_core import Block, BlockRegistry, Graph, World
 from wg_core.errors import NothingTrainableError, ValidationError
-from wg_core.execution.executable_graph import LoopSpec
+from wg_core.execution.node import LoopSpec
 from wg_core.weights.fit import Binding, TrainingConfig
 from wg_core.weights.module import ModuleBlock
 

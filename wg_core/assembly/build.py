@@ -14,7 +14,8 @@ from wg_core.assembly.pool import ModelPool, default_pool
 from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.errors import ConfigError, NodeError, WGError, did_you_mean
 from wg_core.execution.block import Block
-from wg_core.execution.executable_graph import ExecutableGraph, LoopSpec, Node
+from wg_core.execution.executable_graph import ExecutableGraph
+from wg_core.execution.node import LoopSpec, Node
 from wg_core.structure.hyperlink import HyperLink
 from wg_core.structure.topology import Edge
 

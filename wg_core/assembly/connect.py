@@ -13,7 +13,8 @@ from wg_core.assembly.roles import role_of
 from wg_core.assembly.rules import Rule, get_rules, hint, rules_into
 from wg_core.errors import did_you_mean
 from wg_core.execution.block import Block
-from wg_core.execution.executable_graph import ExecutableGraph, Node
+from wg_core.execution.executable_graph import ExecutableGraph
+from wg_core.execution.node import Node
 from wg_core.structure.port import Port
 from wg_core.structure.topology import Edge, components
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from wg_core.assembly.models import ContractEntry, PortEntry
 from wg_core.errors import ConfigError
-from wg_core.execution.executable_graph import Spec
+from wg_core.execution.node import Spec
 from wg_core.state.canonical import plain, sha256_json
 from wg_core.structure.port import kind_of
 

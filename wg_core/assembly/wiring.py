@@ -15,7 +15,8 @@ from wg_core.assembly.roles import role_of
 from wg_core.assembly.rules import HINTS, Rule, check_hints, get_rules, register_rule, rules_into
 from wg_core.errors import EdgeError, NodeError, did_you_mean
 from wg_core.execution.block import Block
-from wg_core.execution.executable_graph import ExecutableGraph, Exposure
+from wg_core.execution.executable_graph import ExecutableGraph
+from wg_core.execution.node import Exposure
 from wg_core.execution.validate import Issue, ValidationResult
 from wg_core.structure.topology import Edge
 

@@ -12,7 +12,7 @@ from wg_core.structure.hyperlink import HyperEdge, HyperLink, Resolvers
 from wg_core.structure.topology import Edge
 
 if TYPE_CHECKING:
-    from wg_core.execution.executable_graph import ExecutableGraph
+    from wg_core.execution.container import Container
 
 ORIGIN = "hyper"
 
@@ -25,14 +25,14 @@ class Lowered:
     inputs: tuple[tuple[str, str, str], ...] = ()
 
 
-Lowering = Callable[["ExecutableGraph[Any]", HyperEdge], Lowered]
+Lowering = Callable[["Container[Any]", HyperEdge], Lowered]
 
 
-def _note(graph: ExecutableGraph[Any], hyperedge: HyperEdge) -> Lowered:
+def _note(graph: Container[Any], hyperedge: HyperEdge) -> Lowered:
     return Lowered()
 
 
-def _context(graph: ExecutableGraph[Any], hyperedge: HyperEdge) -> Lowered:
+def _context(graph: Container[Any], hyperedge: HyperEdge) -> Lowered:
     ends: list[tuple[str, str]] = []
     sources: list[tuple[str, str]] = []
     for member in hyperedge.members:
@@ -61,7 +61,7 @@ def register_lowering(kind: str, lowering: Lowering) -> None:
         raise EdgeError(f"hyperedge kind {kind!r} has a lowering already; choose another name")
 
 
-def lower(graph: ExecutableGraph[Any], hyperedge: HyperEdge) -> Lowered:
+def lower(graph: Container[Any], hyperedge: HyperEdge) -> Lowered:
     """What carries the data of a hyperedge. Raises: EdgeError for an unknown kind or members that cannot be joined."""
     lowering = _lowerings.get(hyperedge.kind)
     if lowering is None:
@@ -72,21 +72,21 @@ def lower(graph: ExecutableGraph[Any], hyperedge: HyperEdge) -> Lowered:
     return lowering(graph, hyperedge)
 
 
-def find(graph: ExecutableGraph[Any], path: str) -> Any:
+def find(graph: Container[Any], path: str) -> Any:
     """The level or block at a node path below `graph`, or None."""
     at: Any = graph
     for name in path.split("/") if path else ():
         if isinstance(at, Block):
             at = at.get_sub_blocks().get(name)
         else:
-            node = cast("ExecutableGraph[Any]", at).nodes.get(name)
+            node = cast("Container[Any]", at).nodes.get(name)
             at = node.child if node is not None else None
         if at is None:
             return None
     return at
 
 
-def problems(graph: ExecutableGraph[Any]) -> Iterator[tuple[HyperEdge, str]]:
+def problems(graph: Container[Any]) -> Iterator[tuple[HyperEdge, str]]:
     """What is wrong with the hyperedges of a level: unknown members, and data that does not flow."""
     seen: set[str] = set()
     for hyperedge in graph.hyperedges:
@@ -120,7 +120,7 @@ def problems(graph: ExecutableGraph[Any]) -> Iterator[tuple[HyperEdge, str]]:
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 
-def links_below(graph: ExecutableGraph[Any], path: str = "") -> Iterator[tuple[str, HyperLink]]:
+def links_below(graph: Container[Any], path: str = "") -> Iterator[tuple[str, HyperLink]]:
     """All links of a level, its nodes and everything below, with the node path that they stand at."""
     for link in graph.links:
         yield path, link
@@ -132,7 +132,7 @@ def links_below(graph: ExecutableGraph[Any], path: str = "") -> Iterator[tuple[s
             yield from links_below(node.child, below)
 
 
-def hyperedges_below(graph: ExecutableGraph[Any], path: str = "") -> Iterator[tuple[str, HyperEdge]]:
+def hyperedges_below(graph: Container[Any], path: str = "") -> Iterator[tuple[str, HyperEdge]]:
     """All hyperedges of a level and everything below, with the path of the level that holds them."""
     for hyperedge in graph.hyperedges:
         yield path, hyperedge
@@ -141,7 +141,7 @@ def hyperedges_below(graph: ExecutableGraph[Any], path: str = "") -> Iterator[tu
             yield from hyperedges_below(node.child, f"{path}/{node_id}" if path else node_id)
 
 
-def resolvers_of(graph: ExecutableGraph[Any]) -> Resolvers:
+def resolvers_of(graph: Container[Any]) -> Resolvers:
     """Resolvers of links into a level: `target_id` is a node path, for kind `port` with the port as fragment."""
 
     def target(link: HyperLink) -> Any:

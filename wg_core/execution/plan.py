@@ -19,7 +19,8 @@ from wg_core.structure.topology import Edge, components
 
 if TYPE_CHECKING:
     from wg_core.execution.agent import Tool
-    from wg_core.execution.executable_graph import ExecutableGraph, Node
+    from wg_core.execution.executable_graph import ExecutableGraph
+    from wg_core.execution.node import Node
 
 Resolve = Callable[[list[Any]], Any]
 

@@ -18,7 +18,7 @@ from wg_core.assembly.wiring import WiredGraph
 from wg_core.errors import ConfigError, NodeError, ToolError, UnknownBlockTypeError, did_you_mean
 from wg_core.execution.agent import Tool, is_agentic
 from wg_core.execution.block import Block
-from wg_core.execution.executable_graph import Node
+from wg_core.execution.node import Node
 from wg_core.execution.plan import iteration_order, tool_edges
 from wg_core.execution.validate import Issue, ValidationResult
 from wg_core.levels.level import Level

@@ -14,7 +14,8 @@ from wg_core.errors import NodeError, StateDictError
 from wg_core.execution.block import Block, LoadReport, take_over
 from wg_core.execution.context import FRAME, Frame, RunOptions
 from wg_core.execution.drive import Held, held
-from wg_core.execution.executable_graph import Child, ExecutableGraph, Node
+from wg_core.execution.executable_graph import ExecutableGraph
+from wg_core.execution.node import Child, Node
 from wg_core.levels.holders import hold, holders_of
 from wg_core.levels.training import Trained
 from wg_core.levels.written import Written

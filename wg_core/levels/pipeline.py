@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 from wg_core.assembly.build import Build, fill_level, level_config, plain_links
 from wg_core.assembly.models import PipelineEntry
-from wg_core.execution.executable_graph import Node
+from wg_core.execution.node import Node
 from wg_core.levels.graph import Graph
 from wg_core.levels.level import Child, Level
 from wg_core.levels.remote import Remote, remote_child

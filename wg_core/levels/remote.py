@@ -14,7 +14,7 @@ from wg_core.errors import ConfigError
 from wg_core.execution.block import check_outputs
 from wg_core.execution.context import Frame, RunOptions, add_rows, budget_of
 from wg_core.execution.drive import Session
-from wg_core.execution.executable_graph import Spec
+from wg_core.execution.node import Spec
 from wg_core.execution.plan import Placeholder, Plan
 from wg_core.execution.validate import Issue, ValidationResult
 from wg_core.levels.level import Level

@@ -13,7 +13,7 @@ from wg_core.assembly.models import ContractEntry, StageEntry
 from wg_core.errors import ConfigError, OutputContractError
 from wg_core.execution.context import RunOptions
 from wg_core.execution.drive import Stepping
-from wg_core.execution.executable_graph import Spec
+from wg_core.execution.node import Spec
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.remote import Remote, remote_child
 from wg_core.levels.stage import Condition, Stage, StageResult, condition_of, ledger_of, rows_of, usage_since

@@ -13,7 +13,7 @@ from wg_core.assembly.models import StageEntry
 from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputError, did_you_mean
 from wg_core.execution.context import FRAME, Event, RunOptions
 from wg_core.execution.drive import Session, Stepping, drive
-from wg_core.execution.executable_graph import Spec
+from wg_core.execution.node import Spec
 from wg_core.levels.graph import Graph
 from wg_core.levels.pipeline import Nested, Pipeline, here_or_there
 from wg_core.levels.remote import Remote

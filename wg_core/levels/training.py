@@ -15,8 +15,8 @@ from wg_core.assembly.roles import role_of
 from wg_core.errors import ConfigError, NodeError, did_you_mean
 from wg_core.execution.block import Block
 from wg_core.execution.context import FRAME, Frame, Hook, RunOptions
-from wg_core.execution.executable_graph import Node
 from wg_core.execution.modes import modes
+from wg_core.execution.node import Node
 from wg_core.weights.lora import active
 from wg_core.weights.module import ModuleBlock, held_still
 from wg_core.weights.tree import sub_paths, unique

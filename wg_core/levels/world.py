@@ -43,7 +43,7 @@ from wg_core.execution.context import (
 )
 from wg_core.execution.drawing import Drawing, draw_cycle
 from wg_core.execution.drive import Stepping, drive
-from wg_core.execution.executable_graph import Node
+from wg_core.execution.node import Node
 from wg_core.execution.validate import ValidationResult
 from wg_core.levels.end_world import EndWorld, end_world_folders, find_end_world, linked_end_worlds
 from wg_core.levels.example import example_state
