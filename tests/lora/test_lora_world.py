@@ -328,7 +328,7 @@ def test_which_adapters_work_can_be_asked_inside_a_call(base: World) -> None:
 def test_a_model_with_int8_weights_is_passed_over(folder: Path) -> None:
     """03 L-2: seen from its config, before anything is loaded."""
     given = config(folder)
-    given["execution"]["models"]["text"]["config"]["weights"] = "int8"
+    given["execution"]["models"]["text"]["config"] |= {"weights": "int8", "dtype": "float32"}
     base = World.from_config(given, pool=ModelPool())
     assert {line.reason for line in report(base, {}) if line.path in AT.values()} == {
         "its weights are int8, which are neither trained nor adapted"
