@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from wg_core import World
+from wg_core.assembly.models import CANONICAL as ROLES
 from wg_core.errors import ConfigError, CorruptSnapshotError, ReplayError
 from wg_core.execution.calls import CallLog
-from wg_core.levels.world import ROLES
 from wg_core.state.canonical import canonical_bytes
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from wg_core import Flow, World
+from wg_core.assembly.models import CANONICAL as ROLES
 from wg_core.errors import ConfigError, OutputContractError, SnapshotConflictError
-from wg_core.levels.world import ROLES
 from wg_core.state.canonical import sha256_json
 from wg_core.state.store import SnapshotStore
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from wg_core import Block, Graph, Port, Stage, State, World
+from wg_core.assembly.models import CANONICAL as ROLES
 from wg_core.errors import ConfigError, NodeError, ValidationError
-from wg_core.levels.world import ROLES
 from wg_core.state.content import WorldContent, apply
 from wg_core.state.state import StateSchema
 from wg_core.state.store import SnapshotStore

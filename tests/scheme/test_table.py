@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wg_core import State, World
-from wg_core.levels.world import ROLES
+from wg_core.assembly.models import CANONICAL as ROLES
 from wg_core.state.store import SnapshotStore
 
 ALL = frozenset(ROLES)

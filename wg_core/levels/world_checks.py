@@ -13,10 +13,10 @@ from wg_core.levels.stage import CONTRACTS
 from wg_core.state.state import State
 
 if TYPE_CHECKING:
-    from wg_core.levels.world import World
+    from wg_core.levels.world_structure import WorldStructure
 
 
-def world_issues(world: World, deep: bool, for_training: bool = False) -> Iterator[Issue]:
+def world_issues(world: WorldStructure, deep: bool, for_training: bool = False) -> Iterator[Issue]:
     """What is wrong with the world itself, then (deep) with its stages."""
     canonical = world.canonical
 
