@@ -147,18 +147,21 @@ def test_whole_sentences_cuts_what_ran_out_of_room_and_nothing_else(block: Causa
     likes = torch.zeros(block.module.lm_head.out_features)
     likes[block._tokenizer.convert_tokens_to_ids([".", "\u0120"])] = 4.0  # a model that likes full stops and spaces
     likes[block._tokenizer.eos_token_id] = -20.0
-    block.module.lm_head.register_forward_hook(lambda m, a, out: torch.zeros_like(out) + likes)
+    hook = block.module.lm_head.register_forward_hook(lambda m, a, out: torch.zeros_like(out) + likes)
     seen = 0
-    for seed in range(8):
-        params = {"seed": seed, "max_new_tokens": 120, "temperature": 1.0, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0}
-        raw = block.run({"prompt": "Hi", "params": params})
-        whole = block.run({"prompt": "Hi", "params": {**params, "whole_sentences": True}})["text"]
-        assert raw["text"].startswith(whole)
-        if whole != raw["text"]:
-            seen += 1
-            assert whole.rstrip("\"')\u201d\u2019")[-1] in ".!?"
-            assert raw["usage"]["completion_tokens"] == 120
-            break
+    try:
+        for seed in range(8):
+            params = {"seed": seed, "max_new_tokens": 120, "temperature": 1.0, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0}
+            raw = block.run({"prompt": "Hi", "params": params})
+            whole = block.run({"prompt": "Hi", "params": {**params, "whole_sentences": True}})["text"]
+            assert raw["text"].startswith(whole)
+            if whole != raw["text"]:
+                seen += 1
+                assert whole.rstrip("\"')\u201d\u2019")[-1] in ".!?"
+                assert raw["usage"]["completion_tokens"] == 120
+                break
+    finally:
+        hook.remove()  # the block is shared
     assert seen
 
 
@@ -176,8 +179,8 @@ def test_no_repeat_ngram_copies_neither_the_prompt_nor_itself(block: CausalLM, s
         before = {tuple(prompt[i : i + size]) for i in range(len(prompt) - size + 1)}
         return max(grams.count(g) + (g in before and i > 0) for i, g in enumerate(grams))
 
-    assert max(most(seed) for seed in range(8)) > 1
-    assert max(most(seed, no_repeat_ngram=size) for seed in range(8)) == 1
+    repeats = next(seed for seed in range(8) if most(seed) > 1)
+    assert {most(seed, no_repeat_ngram=size) for seed in {0, 1, 2, repeats}} == {1}
     only = {"const": "aaaaaaaaaaaaaaaaaaaaaaaaaaaa"}
     assert block.run({"prompt": "p", "schema": only, "params": {"no_repeat_ngram": 1}})["data"] == only["const"]
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wg_blocks.json_schema import _in_one_piece
 from wg_core import ConfigError
 from wg_core.assembly.loader import Document, checked
 from wg_core.assembly.models import KINDS, schema_of
@@ -137,3 +138,40 @@ def test_schema_and_loader_give_one_verdict(kind: str) -> None:
 
     same()
     assert {True, False} <= set(seen)
+
+
+KEYWORDS = [
+    "$id", "$schema", "$ref", "$anchor", "$dynamicRef", "$dynamicAnchor", "$vocabulary", "$comment", "$defs",
+    "prefixItems", "items", "contains", "additionalProperties", "properties", "patternProperties",
+    "dependentSchemas", "propertyNames", "if", "then", "else", "allOf", "anyOf", "oneOf", "not", "unevaluatedItems",
+    "unevaluatedProperties", "type", "const", "enum", "multipleOf", "maximum", "minimum", "maxLength", "pattern",
+    "minItems", "uniqueItems", "maxContains", "maxProperties", "required", "dependentRequired", "title", "default",
+    "deprecated", "examples", "format", "contentEncoding", "contentSchema", "definitions", "dependencies",
+    "$recursiveAnchor", "$recursiveRef",
+]  # fmt: skip
+FORMS = st.recursive(
+    st.sampled_from([True, {}, 3, -1, None, "x", "#a", "(", "string", [], ["string"], ["a", "a"], [{}], [1]]),
+    lambda form: st.dictionaries(st.sampled_from([*KEYWORDS, "a"]), form, max_size=3) | st.lists(form, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150)
+@given(st.dictionaries(st.sampled_from(KEYWORDS), FORMS, min_size=1, max_size=2))
+def test_the_meta_schema_in_one_piece_has_the_verdict_of_the_official_one(form: dict[str, Any]) -> None:
+    """03 W-22: what is a schema is what draft 2020-12 says."""
+    try:
+        jsonschema.Draft202012Validator.check_schema(form)
+        good = True
+    except jsonschema.SchemaError:
+        good = False
+    assert _in_one_piece().is_valid(form) == good
+
+
+def test_every_keyword_of_the_meta_schema_is_looked_at() -> None:
+    """03 W-22: at the top and further in."""
+    official = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
+    for keyword in KEYWORDS:
+        for value in (True, {}, 3, -1, "#a", [], ["a", "a"], {"a": 3}, {"a": {"type": "no"}}, [{"minLength": -1}]):
+            for form in ({keyword: value}, {"items": {keyword: value}}, {"$defs": {"d": {"anyOf": [{keyword: value}]}}}):
+                assert _in_one_piece().is_valid(form) == official.is_valid(form), form
