@@ -34,7 +34,7 @@ dev: models
 	@$(BIN)/wg dev
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: models
 	$(BIN)/python -m pytest -q -m slow
