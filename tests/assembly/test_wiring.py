@@ -66,7 +66,7 @@ def test_all_orders_of_six_nodes_give_one_edge_set() -> None:  # proves 01 A-8
 
 def test_many_orders_of_eight_nodes_give_one_edge_set() -> None:  # proves 01 A-8
     draw = random.Random(8)
-    for _ in range(1500):
+    for _ in range(400):
         order = draw.sample(list(EIGHT.items()), 8)
         assert edges(graph_of(order)) == EDGES_OF_EIGHT, [n for n, _ in order]
 
@@ -205,7 +205,7 @@ def test_a_loop_with_odd_names_equals_the_closed_form(steps: int) -> None:  # pr
     # x <- x + (x/2 + t), t <- t + 1, from x=1, t=0; solved: x_n = 5 * 1.5**n - 2n - 4
     closed = 5 * 1.5**steps - 2 * steps - 4
     draw = random.Random(steps)
-    for order in itertools.permutations(kinds):
+    for order in itertools.islice(itertools.permutations(kinds), 0, None, 1 if steps == 2 else 7):
         names = dict(zip(kinds, draw.sample(ODD_NAMES, 6), strict=True))
         graph = graph_of((names[k], EIGHT[k]) for k in order)
         graph.expose_input(names["txt"], "input", "prompt")

@@ -1,8 +1,13 @@
-"""A training in a process of its own, which may kill itself in the middle: `python train_and_stop.py FOLDER OUT [STEP]`."""
+"""Trainings one after the other, each in a process of its own, which may kill itself in the middle.
+
+`python train_and_stop.py FOLDER OUT STEP [FOLDER OUT STEP ...]` prints how each ended; STEP -1 lets it finish.
+What a killed one left stays beside it in FOLDER.killed.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +25,7 @@ CONFIG = TrainingConfig(
 )  # fmt: skip
 
 
-def main(folder: str, out: str, stop: int = -1) -> None:
+def train(folder: str, out: str, stop: int) -> None:
     net = Net(width=4).train()
     net.materialize()
     generator = torch.Generator().manual_seed(0)
@@ -40,5 +45,19 @@ def main(folder: str, out: str, stop: int = -1) -> None:
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out)
 
 
+def main(*given: str) -> None:
+    import torch._dynamo  # noqa: F401  what an optimizer would load in each child
+
+    for folder, out, stop in zip(*[iter(given)] * 3, strict=True):
+        child = os.fork()
+        if not child:
+            train(folder, out, int(stop))
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if ended == -signal.SIGKILL:
+            shutil.copytree(folder, f"{folder}.killed")
+        print(ended)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(*sys.argv[1:])
