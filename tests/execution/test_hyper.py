@@ -142,6 +142,45 @@ def test_a_renamed_node_stays_a_member() -> None:
     assert graph.run() == {"y": 23}
 
 
+def test_a_removed_node_leaves_its_hyperedges() -> None:
+    """02 G-18, H-2: those that hold without it stay, the others go with what they had joined."""
+    graph = three()
+    graph.add_hyperedge(FROM_SOURCE)
+    graph.add_hyperedge(hyperedge("relation", ("a", None), ("b", None), id="pair"))
+    graph.add_hyperedge(hyperedge("group", ("a", "y"), id="alone"))
+    graph.remove_node("a")
+    assert [(h.id, [m.path for m in h.members]) for h in graph.hyperedges] == [("mood", ["source", "b"]), ("pair", ["b"])]
+    assert graph.validate().is_valid
+    assert graph.run() == {"y": 3}
+    graph.remove_node("source")
+    assert [h.id for h in graph.hyperedges] == ["pair"]
+    assert [str(e) for e in graph.edges] == ["b.y -> sum.x"]
+    pipeline = nested()
+    pipeline.add_hyperedge(hyperedge("relation", ("g/n0", None), ("h/n0", None)))
+    pipeline.remove_node("g")
+    assert [m.path for m in pipeline.hyperedges[0].members] == ["h/n0"]
+    assert pipeline.validate().is_valid
+
+
+def test_a_hyperedge_whose_members_are_gone_can_be_removed() -> None:
+    """02 G-18, H-2: also beside others of that kind."""
+    graph = three()
+    for id in ("lost", "astray"):
+        graph.hyperedges.append(hyperedge("context", ("gone", "y", "source"), ("a", "x"), id=id))
+    graph.add_hyperedge(FROM_OUTSIDE)
+    for id in ("lost", "mood", "astray"):
+        graph.remove_hyperedge(id)
+    assert graph.hyperedges == [] and graph.exposures("in", explicit=True) == []
+
+
+def test_a_hyperedge_has_an_id_like_any_other() -> None:
+    """02 G-10, G-26 BAD_ID: refused where it is added."""
+    graph = three()
+    with pytest.raises(ConfigError, match="bad hyperedge id 'a-b'") as caught:
+        graph.add_hyperedge(hyperedge("group", ("a", None), id="a-b"))
+    assert caught.value.code == "BAD_ID" and graph.hyperedges == []
+
+
 def test_a_context_over_the_graphs_of_a_pipeline() -> None:
     """02 H-1: every level."""
     pipeline = nested()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, cast
 
 from wg_core.errors import EdgeError, NodeError, WGError, did_you_mean
 from wg_core.execution.block import Block, PortIndex
-from wg_core.execution.hyper import ORIGIN, Lowered, hyperedges_below, links_below, lower
+from wg_core.execution.hyper import ORIGIN, Lowered, carried_by, hyperedges_below, links_below, lower, without
 from wg_core.execution.node import Child, Exposure, ExternalPort, LoopSpec, Node, Spec
 from wg_core.execution.plan import LOOP_PORTS
 from wg_core.structure.hyperlink import HyperEdge, HyperLink, Resolvers
@@ -117,8 +117,17 @@ class Container(Generic[Child]):
         return node
 
     def remove_node(self, node_id: str) -> None:
-        """Remove a node with its edges and exposed ports."""
+        """Remove a node with its edges, its exposed ports and its part in hyperedges.
+
+        A hyperedge whose other members are not joined without it, as those of a context without its source, goes too.
+        """
         self.get_node(node_id)
+        for hyperedge in list(self.hyperedges):
+            rest = without(self, hyperedge, node_id)
+            if rest is None:
+                self.remove_hyperedge(hyperedge.id)
+            else:
+                self.hyperedges[self.hyperedges.index(hyperedge)] = rest
         for edge in {*self._in[node_id], *self._out[node_id]}:
             self._drop(edge)
         del self.nodes[node_id], self._in[node_id], self._out[node_id]
@@ -252,8 +261,10 @@ class Container(Generic[Child]):
     def add_hyperedge(self, hyperedge: HyperEdge) -> None:
         """Add an edge of any arity; what carries its data (edges, exposed inputs) is added with it.
 
-        Raises: EdgeError for a taken id, an unknown kind, or members that cannot be joined so; then nothing is added.
+        Raises: ConfigError for a bad id, EdgeError for a taken id, an unknown kind, or members that cannot be joined so;
+        then nothing is added.
         """
+        check_id(hyperedge.id, "hyperedge id")
         if any(h.id == hyperedge.id for h in self.hyperedges):
             raise EdgeError(f"{self.id} has a hyperedge {hyperedge.id!r}; choose another id")
         lowered = lower(self, hyperedge)
@@ -276,9 +287,9 @@ class Container(Generic[Child]):
             known = did_you_mean(hyperedge_id, [h.id for h in self.hyperedges])
             raise EdgeError(f"{self.id} has no hyperedge {hyperedge_id!r}; {known}")
         self.hyperedges.remove(found)
-        others = [lower(self, h) for h in self.hyperedges]
+        others = [carried_by(self, h) for h in self.hyperedges]
         kept = {e for e in self.edges if e.origin != ORIGIN} | {e for other in others for e in other.edges}
-        self._take_back(lower(self, found), kept, {Exposure(*x) for other in others for x in other.inputs})
+        self._take_back(carried_by(self, found), kept, {Exposure(*x) for other in others for x in other.inputs})
         self.version += 1
 
     def _take_back(self, lowered: Lowered, kept_edges: set[Edge], kept_inputs: set[Exposure]) -> None:

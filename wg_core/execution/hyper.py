@@ -72,6 +72,30 @@ def lower(graph: Container[Any], hyperedge: HyperEdge) -> Lowered:
     return lowering(graph, hyperedge)
 
 
+def carried_by(graph: Container[Any], hyperedge: HyperEdge) -> Lowered:
+    """`lower` of a hyperedge that is there already: nothing where its members cannot be joined any more."""
+    try:
+        return lower(graph, hyperedge)
+    except WGError:
+        return Lowered()
+
+
+def without(graph: Container[Any], hyperedge: HyperEdge, node_id: str) -> HyperEdge | None:
+    """A hyperedge without its members in a node; None where the others would not be joined as they were."""
+    members = tuple(m for m in hyperedge.members if m.path.partition("/")[0] != node_id)
+    if len(members) == len(hyperedge.members):
+        return hyperedge
+    if not members:
+        return None
+    rest = hyperedge.model_copy(update={"members": members})
+    try:
+        left = lower(graph, rest)
+    except WGError:
+        return None
+    was = carried_by(graph, hyperedge)
+    return rest if {*left.edges, *left.inputs} <= {*was.edges, *was.inputs} else None
+
+
 def find(graph: Container[Any], path: str) -> Any:
     """The level or block at a node path below `graph`, or None."""
     at: Any = graph
