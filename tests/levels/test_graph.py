@@ -125,6 +125,39 @@ def test_a_block_without_a_type_cannot_be_written_down() -> None:
         chain(Affine()).to_config()
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda g: g.metadata.update(note=object()), "g: metadata.note: builtins.object is not plain JSON"),
+        (lambda g: g.metadata.update(scale=float("nan")), "g: metadata.scale: nan is not JSON"),
+        (lambda g: g.metadata.update(note="\ud800"), "g: metadata.note: the text holds half of a surrogate pair"),
+        (lambda g: g.set_default("a", "x", torch.ones(1)), "g/a: defaults.x: torch.Tensor is not plain JSON"),
+        (lambda g: g.links.append(link({"of": {1, 2}})), r"g: links\[0\].meta.of: builtins.set is not plain JSON"),
+        (lambda g: g.nodes["a"].links.append(link({"at": float("inf")})), r"g/a: links\[0\].meta.at: inf is not JSON"),
+        (
+            lambda g: g.hyperedges.append(HyperEdge.model_validate(
+                {"id": "h", "kind": "group", "members": [{"path": "a"}], "payload": {"made": object()}})),
+            r"g: hyperedges\[0\].payload.made: builtins.object is not plain JSON",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_file_can_hold_is_not_written(
+    change: Callable[[Graph], Any], says: str, registry: BlockRegistry, tmp_path: Path
+) -> None:
+    """02 G-26 NOT_SERIALIZABLE, S-2: beside the blocks' own configuration too, and before there is a file."""
+    graph = Graph("g")
+    graph.add_node("test/affine", "a", registry=registry)
+    change(graph)
+    for write in (graph.save_config, graph.save):
+        with pytest.raises(ConfigError, match=says) as caught:
+            write(tmp_path / "written")
+        assert caught.value.code == "NOT_SERIALIZABLE" and list(tmp_path.iterdir()) == []
+
+
+def link(meta: dict[str, Any]) -> HyperLink:
+    return HyperLink(target_kind="world", target_id="tide", meta=meta)
+
+
 def test_a_file_of_another_level_is_refused() -> None:
     """02 G-51."""
     with pytest.raises(ConfigError, match=r"<graph>: kind: this is a pipeline, a graph is needed here"):

@@ -16,6 +16,7 @@ from wg_core.errors import ConfigError, NodeError, WGError, did_you_mean
 from wg_core.execution.block import Block
 from wg_core.execution.executable_graph import ExecutableGraph
 from wg_core.execution.node import LoopSpec, Node
+from wg_core.state.canonical import plain
 from wg_core.structure.hyperlink import HyperLink
 from wg_core.structure.topology import Edge
 
@@ -220,21 +221,29 @@ def node_config(node: Node[Block], first_of: dict[int, str]) -> dict[str, Any]:
     if not node.trainable:
         entry["trainable"] = False
     if node.defaults:
-        entry["defaults"] = dict(node.defaults)
+        entry["defaults"] = plain_part(dict(node.defaults), "defaults")
     if node.hints:
         entry["hints"] = dict(node.hints)
     if node.links:
-        entry["links"] = plain_links(node.links)
+        entry["links"] = plain_links(node.links, "links")
     return entry
 
 
-def plain_links(links: Iterable[HyperLink]) -> list[dict[str, Any]]:
-    """Links as a file writes them."""
-    return [link.model_dump(mode="json", exclude_none=True) for link in links]
+def plain_part(value: Any, what: str) -> Any:
+    """A copy of a part of a level as a file writes it. Raises: ConfigError for what no file can hold."""
+    try:
+        return plain(value, what, ordered=True)
+    except ConfigError as error:
+        raise ConfigError(str(error), code="NOT_SERIALIZABLE") from error
+
+
+def plain_links(links: Iterable[HyperLink], what: str) -> list[dict[str, Any]]:
+    """Links as a file writes them. Raises: ConfigError."""
+    return plain_part([link.model_dump(exclude_none=True) for link in links], what)
 
 
 def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all levels write: the inverse of `fill_level`."""
+    """What all levels write: the inverse of `fill_level`. Raises: ConfigError for what is no plain data."""
 
     def edge(e: Edge) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -265,12 +274,12 @@ def level_config(level: ExecutableGraph[Any], nodes: list[dict[str, Any]]) -> di
     config: dict[str, Any] = {"kind": level.level, "schema_version": "1.0", "id": level.id, "nodes": nodes}
     parts: dict[str, Any] = {
         "title": level.title,
-        "metadata": dict(level.metadata),
+        "metadata": plain_part(level.metadata, f"{level.id}: metadata"),
         "edges": [edge(e) for e in level.edges],
         "loops": [loop(s) for s in level.loops],
         "exposed_inputs": exposed("in"),
         "exposed_outputs": exposed("out"),
-        "links": plain_links(level.links),
-        "hyperedges": [x.model_dump(exclude_none=True) for x in level.hyperedges],
+        "links": plain_links(level.links, f"{level.id}: links"),
+        "hyperedges": plain_part([x.model_dump(exclude_none=True) for x in level.hyperedges], f"{level.id}: hyperedges"),
     }
     return {**config, **{k: v for k, v in parts.items() if v}}

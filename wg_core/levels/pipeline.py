@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
-from wg_core.assembly.build import Build, fill_level, level_config, plain_links
+from wg_core.assembly.build import Build, fill_level, level_config, plain_links, plain_part
 from wg_core.assembly.models import PipelineEntry
 from wg_core.execution.node import Node
 from wg_core.levels.graph import Graph
@@ -50,9 +50,9 @@ def _node_config(node: Node[Level[Any]], *, hashed: bool = False) -> dict[str, A
     if not node.trainable:
         entry["trainable"] = False
     if node.defaults:
-        entry["defaults"] = dict(node.defaults)
+        entry["defaults"] = plain_part(dict(node.defaults), f"node {node.node_id!r}: defaults")
     if node.links:
-        entry["links"] = plain_links(node.links)
+        entry["links"] = plain_links(node.links, f"node {node.node_id!r}: links")
     return entry
 
 
