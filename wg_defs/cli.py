@@ -81,7 +81,7 @@ def run(
     if state is not None:
         from wg_core import State
 
-        given = State.from_json(state.read_text(encoding="utf-8"))
+        given = State.from_json(state.read_bytes())
     made: dict[str, list[dict[str, Any]]] = {id: [] for id in opened}
 
     def note(snapshots: "Iterable[Snapshot]", found: Profile | None = None) -> None:

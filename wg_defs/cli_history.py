@@ -1,6 +1,7 @@
 """`wg history` and what else is done with the steps that a world has made."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ history_app = typer.Typer()
 def at_step(text: str) -> tuple[str, int | None]:
     """`WORLD@STEP` or `WORLD`. Raises: ConfigError."""
     name, at, step = text.partition("@")
-    if at and not step.isdigit():
+    if at and not re.fullmatch("[0-9]{1,18}", step):
         raise ConfigError(f"{text!r}: after '@' stands the number of a step, as in {name}@3")
     return name, int(step) if at else None
 

@@ -111,7 +111,12 @@ def fork_file(origin: Path, world: "World", new_id: str, folder: Path = Path("wo
 def _write_new(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "x", encoding="utf-8") as file:
-        file.write(text)
+        try:
+            file.write(text)
+            file.flush()
+        except BaseException:
+            target.unlink()
+            raise
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 
 from wg_core.errors import (
+    CheckpointError,
     ConfigError,
+    MissingCredentialError,
     MissingExtraError,
     MissingModelError,
     NodeExecutionError,
@@ -45,7 +47,8 @@ def _exit_code(error: BaseException) -> int:
     from wg_core.errors import ValidationError
 
     asked = (ConfigError, ValidationError, TemplateParameterError, UnknownTemplateError)
-    usage = (*asked, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    given = (CheckpointError, MissingCredentialError)
+    usage = (*asked, *given, FileNotFoundError, NotADirectoryError, IsADirectoryError)
     return USAGE if isinstance(error, usage) else FAILED
 
 

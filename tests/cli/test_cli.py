@@ -165,6 +165,11 @@ def test_a_wrong_world_file(project: Path, verb: str, change: dict[str, Any], sa
         (("show", "isle"), 2, "no snapshot yet"),
         (("show", "isle@x"), 2, "number of a step"),
         (("show", "isle@7"), 2, "7"),
+        (("show", "isle@²"), 2, "number of a step"),
+        (("show", "isle@" + "9" * 5000), 2, "number of a step"),
+        (("run", "isle", "--state", "latin1.json"), 2, "state: not JSON"),
+        (("import", "worlds/isle.yaml"), 2, "no readable archive"),
+        (("serve", "worlds/isle.yaml", "--stage", "author", "--token-env", "NO_SUCH_TOKEN"), 2, "NO_SUCH_TOKEN"),
         (("schema", "grap"), 2, "did you mean 'graph'"),
         (("run", "isle", "--steps", "0"), 2, "steps"),
         (("run", "isle", "--budget", "calls"), 2, "write calls=N, tokens=N or cost=X"),
@@ -172,9 +177,21 @@ def test_a_wrong_world_file(project: Path, verb: str, change: dict[str, Any], sa
     ],
 )
 def test_wrong_requests(project: Path, args: tuple[str, ...], code: int, said: str) -> None:
+    """Design 4: exit code 2 and one message."""
+    (project / "latin1.json").write_bytes(b'{"intent": {"text": "\xe9"}}')
     result = wg(*args)
     assert result.exit_code == code
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+@pytest.mark.parametrize("args", [("run", "isle"), ("history", "isle"), ("gc", "isle"), ("export", "isle", "x.zip")])
+def test_a_home_that_is_a_file(project: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], below: str) -> None:
+    """Design 4: exit code 2, and what is wrong."""
+    (project / "taken").touch()
+    monkeypatch.setenv("WG_HOME", str(project / "taken" / below))
+    result = wg(*args)
+    assert result.exit_code == 2 and "taken' is no folder; let WG_HOME name one" in result.stderr
 
 
 def test_an_error_in_json(project: Path) -> None:

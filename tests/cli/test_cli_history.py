@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_fork_keeps_the_file_s_form_and_goes_on(project: Path) -> None:
     assert again.exit_code == 2 and "already" in again.stderr
     missing = wg("fork", "isle@9", "third")
     assert missing.exit_code == 2 and "no step 9" in missing.stderr and not (project / "worlds" / "third.yaml").exists()
+
+
+def test_a_fork_for_which_there_is_no_room_leaves_nothing(project: Path) -> None:
+    """C-7: a file that cannot be written to its end is none."""
+    document(wg("new", "isle", "--json"))
+    document(wg("run", "isle", "--json"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        result = wg("fork", "isle", "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 3 and "too large" in result.stderr
+    assert not (project / "worlds/other.yaml").exists() and not (project / ".wg/snapshots/other").exists()
+    assert wg("fork", "isle", "other").exit_code == 0
 
 
 def test_a_fork_of_a_world_elsewhere_stands_alone(project: Path) -> None:
