@@ -87,6 +87,20 @@ def test_a_large_file_is_not_even_read(tmp_path: Path) -> None:
         read(path)
 
 
+def test_only_plain_files_are_read() -> None:
+    """Design 2.13: a device or a pipe has no end, and no size to compare with the limit."""
+    for place, says in (("/dev/zero", "is no plain file; name a file"), ("/", "is a folder; name a file")):
+        with pytest.raises(ConfigError, match=f"{place} {says}"):
+            read(place)
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path: Path) -> None:
+    """02 S-2: UTF-8, as editors elsewhere write it, for files of text too."""
+    (tmp_path / "told.txt").write_bytes(b"\xef\xbb\xbfThe tide turns.\r\n")
+    (tmp_path / "main.yaml").write_bytes(b"\xef\xbb\xbfa: {ref: told.txt}\r\n")
+    assert read(tmp_path / "main.yaml").data == {"a": "The tide turns.\n"}
+
+
 def test_a_long_comment_is_read_at_once() -> None:
     """Design 2.13: a file within the limit does not hold the reader up; slow only where JSON escapes ask for it."""
     assert issubclass(loader._FastLoader, yaml.CSafeLoader)
@@ -262,6 +276,9 @@ REFS = [
     ("a: {ref: main.yaml}\n", "a.ref: references go in a cycle: main.yaml -> main.yaml"),
     ("a:\n  b: {ref: loop.yaml}\n", "references go in a cycle: main.yaml -> loop.yaml -> main.yaml"),
     ("a: {ref: text.txt, overrides: {b: 1}}\n", "'text.txt' is text; only mappings take overrides"),
+    ("a: {ref: latin1.md}\n", "root/latin1.md: not UTF-8 text"),
+    ('a: {ref: "b\\0c"}\n', "a.ref: ref is the path of a file, not 'b\\x00c'"),
+    (f"a: {{ref: {'x' * 300}}}\n", "is that of no file: a name of more than 255 bytes"),
     ("a: {ref: list.yaml, overrides: {b: 1}}\n", "overrides and the file they change are mappings"),
     ("a: {ref: deep0.yaml}\n", "references nested deeper than 20"),
     ("a: {ref: wide0.yaml}\n", "more than 1000 references, counting those in referred files"),
@@ -274,6 +291,7 @@ def test_wrong_refs_are_named_with_their_place(text: str, says: str, tmp_path: P
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "outside.yaml").write_text("1\n")
+    (root / "latin1.md").write_bytes(b"caf\xe9")
     (root / "link.yaml").symlink_to(tmp_path / "outside.yaml")
     files = {f"deep{i}__yaml": f"a: {{ref: deep{i + 1}.yaml}}\n" for i in range(30)}
     many = "\n".join(f"k{n}: {{ref: wide%d.yaml}}" for n in range(11))

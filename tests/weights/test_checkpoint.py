@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import string
 import sys
 import zipfile
 from pathlib import Path
@@ -519,6 +520,42 @@ def test_names_that_leave_the_archive_are_refused(name: str, tmp_path: Path) -> 
     with pytest.raises(CheckpointError):
         archive.unpack(tmp_path / "z", tmp_path / "out" / "deep")
     assert not list(tmp_path.rglob("*evil*")) and not (tmp_path / "out" / "deep" / "index.json").exists()
+
+
+def test_an_archive_with_spoilt_compression_is_refused(tmp_path: Path) -> None:
+    """02 S-12: whatever way of packing whoever made it chose."""
+    with zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("index.json", string.ascii_letters * 20)
+    data = bytearray((tmp_path / "z").read_bytes())
+    data[45:55] = b"\xff" * 10
+    (tmp_path / "z").write_bytes(data)
+    with pytest.raises(CheckpointError, match="no readable archive"):
+        archive.unpack(tmp_path / "z", tmp_path / "out")
+
+
+INDEXES: list[tuple[tuple[str, ...], Any]] = [
+    (("paths",), []), (("paths", "a"), []), (("lacks",), {"a": 1}), (("blocks",), {"a": None}),
+    (("blocks", "*", "tensors"), None), (("blocks", "*", "tensors"), {}), (("blocks", "*", "tensors", "aliases"), None),
+    (("blocks", "*", "tensors", "file"), 5), (("blocks", "*", "tensors", "file"), "a\0b"),
+    (("blocks", "*", "tensors", "file"), "x" * 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value"), INDEXES)
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_index_of_another_form_is_refused(place: tuple[str, ...], value: Any, verify: bool, tmp_path: Path) -> None:
+    """02 S-12, U-2: a named error before anything changes, not what Python says of it."""
+    graph = chain(("a", Linear()))
+    path = graph.save_checkpoint(tmp_path / "c")
+    whole = at = index(path)
+    for name in place[:-1]:
+        at = at[next(iter(at)) if name == "*" else name]
+    at[place[-1]] = value
+    (path / "index.json").write_text(json.dumps(whole))
+    before = bits(shaken(graph).state_dict())
+    with pytest.raises(CheckpointError):
+        graph.load_from_checkpoint(path, verify=verify)
+    assert bits(graph.state_dict()) == before
 
 
 def test_links_doubles_and_bombs_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,19 +223,24 @@ def read(
     Raises: FileNotFoundError, ConfigError (unreadable, reference outside the root, missing or cyclic).
     """
     file = Path(path)
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: {file.stat().st_size} bytes; the limit is {MAX_BYTES}")
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 text: {error}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{file} is a folder; name a file") from None
-    document = parse(text, str(file))
+    document = parse(_text(file), str(file))
     if refs:
         _Refs(document, None if allow_outside_root else (root or file.parent).resolve()).expand(file.resolve())
         document.refs[()] = Ref(file.resolve())
     return document
+
+
+def _text(file: Path) -> str:
+    """What a file of text says. Raises: FileNotFoundError, ConfigError for anything else."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{file} is {'a folder' if file.is_dir() else 'no plain file'}; name a file")
+    if found.st_size > MAX_BYTES:
+        raise ConfigError(f"{file}: {found.st_size} bytes; the limit is {MAX_BYTES}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text: {error}") from None
 
 
 class _Refs:
@@ -249,7 +255,7 @@ class _Refs:
     def _file(self, name: Any, where: Where, here: Path) -> tuple[Path, str | None]:
         """The file that a ref names, and the ref itself where a scheme resolved it."""
         scheme, colon, _ = str(name).partition(":")
-        if not isinstance(name, str) or (colon and scheme not in _schemes):
+        if not isinstance(name, str) or "\0" in name or (colon and scheme not in _schemes):
             known = f"; schemes known here: {', '.join(sorted(_schemes))}" if _schemes else ""
             raise self.error((*where, "ref"), f"ref is the path of a file, not {name!r}{known}")
         if colon:
@@ -261,7 +267,9 @@ class _Refs:
         if self.root is not None:
             try:
                 safe_path(self.root, str(target))
-            except ConfigError:
+            except ConfigError as error:
+                if target.is_relative_to(self.root):
+                    raise self.error((*where, "ref"), str(error)) from None
                 raise self.error(
                     (*where, "ref"),
                     f"{name!r} leaves the folder {str(self.root)!r}; refs stay inside it, unless allow_outside_root is given",
@@ -301,10 +309,12 @@ class _Refs:
         if target.suffix in _TEXT_FILES:
             if "overrides" in mapping:
                 raise self.error((*where, "overrides"), f"{name!r} is text; only mappings take overrides")
-            if target.stat().st_size > MAX_BYTES:
-                raise self.error((*where, "ref"), f"{name!r} is larger than {MAX_BYTES} bytes")
+            try:
+                text = _text(target)
+            except ConfigError as error:
+                raise self.error((*where, "ref"), str(error)) from None
             document.refs[where] = Ref(target, resolved)
-            return target.read_text(encoding="utf-8")
+            return text
         below = read(target, refs=False)
         for path, place in below.places.items():
             document.places[(*where, *path)] = place

@@ -246,11 +246,12 @@ def _manifest(root: Path, source: Path) -> dict[str, Any]:
     try:
         found: Any = parse_json((root / MANIFEST).read_bytes())
         version = found.get("saved_version", "1.0")
-        parts = [(found[part]["file"], found[part]["sha256"]) for part in ("config", "checkpoint")]
+        words = [found[part][key] for part in ("config", "checkpoint") for key in ("file", "sha256")]
+        words += [w for key in ("parts", "refs") for pair in found["config"].get(key, {}).items() for w in pair]
     except (ValueError, AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{source}: its {MANIFEST} is no readable manifest; the folder is not whole") from None
     problem = SAVED.problem(version)
-    if problem or not all(isinstance(word, str) for pair in parts for word in pair):
+    if problem or not all(isinstance(word, str) for word in words):
         raise CheckpointError(f"{source}: {problem or 'its manifest names no files'}", code="VERSION" if problem else "")
     return SAVED.upgrade(found, version)
 

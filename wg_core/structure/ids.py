@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from wg_core.errors import ConfigError
 
 ID_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
+MAX_NAME = 255  # bytes of one name in a path, as most file systems have it
 _ID = re.compile(ID_PATTERN)
 
 
@@ -28,10 +30,16 @@ def check_id(value: object, what: str = "id") -> str:
 def safe_path(root: Path, *parts: str) -> Path:
     """Join `parts` below `root`; the result (links resolved) lies inside `root`.
 
-    Raises: ConfigError if it would leave `root`.
+    Raises: ConfigError if it would leave `root`, or no file can have this name.
     """
     base = root.resolve()
-    path = base.joinpath(*parts).resolve()
+    try:
+        path = base.joinpath(*parts).resolve()
+        if any(len(os.fsencode(name)) > MAX_NAME for name in path.parts):
+            raise ValueError(f"a name of more than {MAX_NAME} bytes")
+    except (ValueError, OSError) as error:
+        shown = "/".join(map(str, parts))
+        raise ConfigError(f"path {shown[:80]!r} is that of no file: {error}") from None
     if path != base and base not in path.parents:
         raise ConfigError(f"path {'/'.join(parts)!r} leaves its root folder {str(base)!r}")
     return path

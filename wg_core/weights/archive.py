@@ -7,6 +7,7 @@ import re
 import secrets
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 from wg_core.errors import CheckpointError
@@ -63,7 +64,7 @@ def unpack(archive_path: Path, folder: Path) -> None:
                         file.write(chunk)
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, zlib.error) as error:
         raise CheckpointError(f"{archive_path} is no readable archive: {error}") from error
 
 

@@ -21,6 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pydantic import BaseModel
+from pydantic import ValidationError as PydanticError
+
 from wg_core.errors import CheckpointError, ConfigError
 from wg_core.execution.block import Block
 from wg_core.state.canonical import read_mapping, sha256_json
@@ -235,6 +238,30 @@ def file_hash(path: Path) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+class _File(BaseModel):
+    file: str
+    sha256: str
+
+
+class _Tensors(_File):
+    aliases: dict[str, str] = {}
+
+
+class _Entry(BaseModel):
+    """What is stored for a block; a part that it has not is absent."""
+
+    tensors: _Tensors = cast(Any, None)
+    values: _File = cast(Any, None)
+
+
+class _Index(BaseModel):
+    """What every index of a checkpoint holds."""
+
+    paths: dict[str, str]
+    blocks: dict[str, _Entry]
+    lacks: dict[str, list[str]]
+
+
 @dataclass(slots=True)
 class Store:
     """An opened checkpoint: reads the state of one block key at a time, checked."""
@@ -335,9 +362,11 @@ def opened(source: Path | str, verify: bool) -> Generator[Store]:
         if problem:
             raise CheckpointError(f"{place}: {problem}", code="VERSION")
         index = CHECKPOINT.upgrade(index, str(version))
-        for part in ("paths", "blocks", "lacks"):
-            if not isinstance(index.get(part), dict):
-                raise CheckpointError(f"{place}: its index has no {part}; the checkpoint is not whole")
+        try:
+            _Index.model_validate(index)
+        except PydanticError as error:
+            at = ".".join(map(str, error.errors()[0]["loc"]))
+            raise CheckpointError(f"{place}: its index has no {at} that can be read; the checkpoint is not whole") from None
         get_backend(str(index.get("backend")))
         yield Store(folder, place, index, verify)
 
