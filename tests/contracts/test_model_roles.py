@@ -116,6 +116,22 @@ def test_a_picture_may_be_an_array_an_artifact_or_a_list(block_type: str, config
             said(wrong)
 
 
+@pytest.mark.parametrize(("block_type", "config"), [("vlm/api", FAKE), ("vlm/identity", {})])
+def test_what_is_asked_of_a_picture_may_be_called_text_as_the_answer_is(block_type: str, config: dict[str, Any]) -> None:
+    """01 T-15, T-3: the input `prompt` has the alias `text`, told from the output `text` by its direction."""
+    block = build(block_type, **config)
+    wanted = block.run({"image": PICTURE, "prompt": "What?"})["text"]
+    assert block.run({"image": PICTURE, "text": "What?"})["text"] == wanted
+    graph = Graph("g")
+    graph.add_node(block, "see", defaults={"image": PICTURE})
+    graph.add_node(block, "again", defaults={"image": PICTURE})
+    assert graph.add_edge("see", "text", "again", "text").target_port == "prompt"
+    graph.expose_input("see", "text", "asked")
+    graph.expose_output("again", "text", "said")
+    assert graph.run({"asked": "What?"})["said"] and graph.get_input_spec()[0]["port_name"] == "prompt"
+    assert block.get_port("text").direction == "out"
+
+
 def test_a_picture_conditions_as_a_vector_of_what_is_seen_in_it() -> None:
     """01 T-9, T-15: with an embedding model a tensor [B,1,D] and `pooled` [B,D]; both models are those of the pool."""
     pool, near = ModelPool(), {"block_type": "embedding/api", "config": FAKE}

@@ -212,7 +212,7 @@ class VLM(Block):
     role = "vlm"
     ports = (
         Port("image", "in", "image|ref|list"),
-        Port("prompt", "in", "text", True),
+        Port("prompt", "in", "text", True, aliases=("text",)),
         Port("system", "in", "text", True),
         Port("params", "in", "dict", True),
         Port("text", "out", "text", aliases=("output",)),

@@ -83,7 +83,7 @@ class WiredGraph(ExecutableGraph[Block]):
         pins: dict[str, tuple[str, ...]] = {}
         ruled = sorted({r.target_port for _, r in rules_into(role or "") if r.target_port in block.port_index.inputs})
         for name, sources in (connect or {}).items():
-            port = block.port_index.by_name.get(name)
+            port = block.port_index.find(name, "in")
             if port is None or port.name not in ruled:
                 has = f"role {role!r}" if role else "a block without a role"
                 raise NodeError(
@@ -137,7 +137,7 @@ class WiredGraph(ExecutableGraph[Block]):
     def _yield(self, node_id: str, port: str, carry: bool) -> None:
         """Let automatic edges make room on an input for what is given by hand."""
         node = self.nodes.get(node_id)
-        found = node.child.port_index.by_name.get(port) if node else None
+        found = node.child.port_index.find(port, "in") if node else None
         if found is not None:
             for edge in [
                 e for e in self._in[node_id] if e.origin == "auto" and (e.target_port, e.carry) == (found.name, carry)

@@ -41,11 +41,16 @@ class PortIndex:
             check_ports(side, owner)
         self.inputs: dict[str, Port] = {p.name: p for p in ports if p.direction == "in"}
         self.outputs: dict[str, Port] = {p.name: p for p in ports if p.direction == "out"}
-        self.by_name: dict[str, Port] = {name: p for p in ports for name in (p.name, *p.aliases)}
+        self.by_name: dict[str, Port] = {}  # where an alias is the name of a port of the other direction, that port
+        for port in ports:
+            self.by_name[port.name] = port
+            for alias in port.aliases:
+                self.by_name.setdefault(alias, port)
 
     def find(self, name: str, direction: str) -> Port | None:
-        """The port of this name, first one of this direction."""
-        return (self.inputs if direction == "in" else self.outputs).get(name) or self.by_name.get(name)
+        """The port of this name or alias, first one of this direction."""
+        side = self.inputs if direction == "in" else self.outputs
+        return side.get(name) or next((p for p in side.values() if name in p.aliases), None) or self.by_name.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +275,7 @@ class Block:
         ports = self.port_index
         given: dict[str, Any] = {}
         for key, value in inputs.items():
-            port = ports.by_name.get(key)
+            port = ports.find(key, "in")
             if port is None or port.direction != "in":
                 raise UnexpectedInputError(
                     f"block {self.name!r} has no input {key!r}; {did_you_mean(key, ports.inputs)}"

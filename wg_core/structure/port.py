@@ -218,14 +218,27 @@ class Port:
 def check_ports(ports: Sequence[Port], owner: str) -> None:
     """Refuse port names (and aliases) that occur twice in one block.
 
+    An alias may be the name of a port of the other direction: who asks says which way.
+
     Raises: PortError.
     """
-    seen: dict[str, str] = {}
+    names: dict[str, Port] = {}
+    aliases: dict[str, Port] = {}
     for port in ports:
-        for name in (port.name, *port.aliases):
-            if name in seen:
-                raise PortError(f"{owner}: port name {name!r} occurs twice (ports {seen[name]!r} and {port.name!r})")
-            seen[name] = port.name
+        if port.name in names:
+            raise _twice(owner, port.name, names[port.name], port)
+        names[port.name] = port
+    for port in ports:
+        for alias in port.aliases:
+            named = names.get(alias)
+            other = named if named is not None and named.direction == port.direction else aliases.get(alias)
+            if other is not None:
+                raise _twice(owner, alias, other, port)
+            aliases[alias] = port
+
+
+def _twice(owner: str, name: str, one: Port, other: Port) -> PortError:
+    return PortError(f"{owner}: port name {name!r} occurs twice (ports {one.name!r} and {other.name!r})")
 
 
 def kind_of(value: Any) -> str:
