@@ -27,7 +27,8 @@ class GGUF(Block):
     """A causal language model in a GGUF file, run by llama.cpp; `llm/hf` with `backend: llama_cpp`.
 
     `checkpoint_ref` is a name or ref of the model store, or a file. Weights load at the first call. llama.cpp decodes
-    by itself: `no_repeat_ngram` is refused, and answers differ from those of `llm/hf`. Weights cannot be trained.
+    by itself: `no_repeat_ngram` is refused, and answers differ from those of `llm/hf`. Weights cannot be trained, and
+    `token_ids` are never set: of a stream llama.cpp does not tell all tokens.
 
     Raises: MissingExtraError without the package, MissingModelError, ConfigError for an unknown setting,
     PortValueError for a prompt that is too long, OutputContractError when no attempt gave a whole structure.

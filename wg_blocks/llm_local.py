@@ -115,6 +115,7 @@ class _Asked:
     usage: dict[str, int]
     wrong: list[str] = field(default_factory=list[str])
     text: str = ""
+    ids: list[int] = field(default_factory=list[int])
 
 
 @dataclass(slots=True)
@@ -134,7 +135,9 @@ class CausalLM(Published):
     call (or `materialize()`). How to sample is part of the call, in `params` (see `Settings`), so that all users of
     one model share it. `weights: int8` or `int4` holds those of a Llama as whole numbers (see `PackedLlama`): smaller,
     several times as fast on a CPU, and not to be trained or adapted. With a `schema` the answer is decoded under it and
-    comes parsed as `data`. A checkpoint holds weights, config and tokenizer; a block that is loaded from it needs no
+    comes parsed as `data`. Where they are read, `token_ids` [B,L] (a single prompt is a batch of one) are the tokens that
+    were written: their text is `text` before it was stripped, cut at a `stop` text or to whole sentences. They do without
+    the end token, which shorter rows are padded with. A checkpoint holds weights, config and tokenizer; a block that is loaded from it needs no
     `checkpoint_ref` any more.
 
     Raises: ConfigError for an unknown setting or schema keyword, PortValueError for a prompt that is too long,
@@ -329,8 +332,10 @@ class CausalLM(Published):
             left = [one for one in left if one.wrong]
             if not left:
                 context = {"context_items": len(lines), "context_dropped": len(items) - len(lines)}
+                wants_ids = current_context().reads("token_ids")
                 return [
                     {"answer": one.text, "messages": [dict(m) for m in one.chat], "usage": one.usage | context}
+                    | ({"token_ids": one.ids, "pad_id": self._end_id()} if wants_ids else {})
                     for one in asked
                 ]
         raise OutputContractError(
@@ -365,7 +370,7 @@ class CausalLM(Published):
         request = {"messages": [dict(m) for m in one.chat], "schema": schema, "settings": settings, "seed": one.seed}
         more = {"answer": writer.text, "seconds": seconds, "cached_tokens": cached, **counts}
         context.emit("model_call", model=self.checkpoint_ref, request=request, **more)
-        one.text = writer.text
+        one.text, one.ids = writer.text, writer.ids
         one.wrong = self._wrong(writer, schema) if schema is not None else []
 
     @staticmethod
@@ -463,9 +468,8 @@ class CausalLM(Published):
         super()._move(device, dtype)
 
     def _answer_ids(self, text: str) -> list[int]:
-        end = self.tokenizer.eos_token_id
         ids = list(self.tokenizer(self._marks().sub(" ", text), add_special_tokens=False).input_ids)
-        return [*ids, min(self._end_ids()) if end is None else end]
+        return [*ids, self._end_id()]
 
     # ---- decoding
 
@@ -510,6 +514,10 @@ class CausalLM(Published):
         known = self.module.generation_config.eos_token_id
         ends = {known} if isinstance(known, int) else set(known or ())
         return ends | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
+
+    def _end_id(self) -> int:
+        end = self.tokenizer.eos_token_id
+        return min(self._end_ids()) if end is None else end
 
     def _matcher(self, schema: Mapping[str, Any]) -> Any:
         """A fresh llguidance matcher for a schema. Raises: ConfigError when it cannot be decoded under."""

@@ -34,6 +34,13 @@ LLM_PORTS = (
         description="call settings: temperature, max_new_tokens, seed, ...",
     ),
     Port("text", "out", "text|list", aliases=("output", "response"), streamable=True),
+    Port(
+        "token_ids",
+        "out",
+        "tensor",
+        optional=True,
+        description="the tokens that were written, before the text was trimmed: int64 [B,L]; from models on this machine",
+    ),
     Port("data", "out", "dict|list|any", optional=True, description="the parsed answer, when a schema is given"),
     Port("usage", "out", "dict", optional=True),
 )
@@ -172,8 +179,10 @@ def answers(
 ) -> dict[str, Any]:
     """The outputs of a language model block: one completion of each chat, asked through the run's record of calls.
 
-    `complete(chat, context items, schema, settings, seed)` gives `{answer, usage, tool_calls?}`; `more` is what else
-    decides the answer, for the record. Raises: PortValueError, ConfigError, and what `complete` raises.
+    `complete(chat, context items, schema, settings, seed)` gives `{answer, usage, tool_calls?, token_ids?, pad_id?}`,
+    where `pad_id` is a token that no answer holds; `more` is what else decides the answer, for the record.
+
+    Raises: PortValueError, ConfigError, and what `complete` raises.
     """
     return drained(answers_in_pieces(inputs, model, lambda *chat: whole(partial(complete, *chat)), more=more))
 
@@ -201,6 +210,8 @@ def answers_in_pieces(
     usage = tally()
     texts: list[str] = []
     calls: list[list[dict[str, Any]]] = []
+    ids: list[list[int]] = []
+    pad = 0
     seeds = [derive_seed(seed, index) for index in range(len(chats))]
     made: list[dict[str, Any]] = []
 
@@ -217,14 +228,27 @@ def answers_in_pieces(
         usage = tally(usage, got["usage"])
         texts.append(got["answer"])
         calls.append(got.get("tool_calls", []))
+        if "token_ids" in got:
+            ids.append(got["token_ids"])
+            pad = got["pad_id"]
     out: dict[str, Any] = {"text": texts if batch else texts[0], "usage": usage}
     if any(calls):
         out["tool_calls"] = calls if batch else calls[0]
+    if ids and len(ids) == len(chats):
+        out["token_ids"] = _padded(ids, pad)
     if schema is not None:
         data = [None if called else json.loads(text) for text, called in zip(texts, calls, strict=True)]
         if batch or not calls[0]:
             out["data"] = data if batch else data[0]
     return out
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> Any:
+    """Rows of token ids as one int64 tensor [B,L]."""
+    import torch
+
+    made = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=pad)
 
 
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\u201d\u2019]*(?=\s|$)")

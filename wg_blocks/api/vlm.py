@@ -23,7 +23,7 @@ class ApiVLM(ApiChat):
     ports: Sequence[Port] = (
         Port("image", "in", "image|ref|list", description="a picture [B,3,H,W] in 0..1, an artifact, or a list"),
         Port("prompt", "in", "text|list", True, aliases=("text",), description="default: Describe this picture."),
-        *(p for p in LLM_PORTS if p.name != "prompt"),
+        *(p for p in LLM_PORTS if p.name not in ("prompt", "token_ids")),
     )
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Frame:
 
     __slots__ = (
         "blobs", "captured", "checked", "deadline", "ends", "hooks", "iteration", "level", "level_id", "node_id", "node_path", "options",
-        "parent", "path", "root", "starts", "stoppable", "turn", "usage", "watched",
+        "parent", "path", "plan", "root", "starts", "stoppable", "turn", "usage", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -149,6 +149,7 @@ class Frame:
         self.node_id: str | None = None
         self.iteration: int | None = None
         self.turn = 0
+        self.plan: Any = None
         self.captured: dict[str, Any] = {}
         if parent is None:
             self.root: Frame = self
@@ -253,6 +254,17 @@ class CallContext:
                 around.append(f"turn {outer.turn}")
             outer = outer.parent
         return derive_seed(self.seed or 0, place, self.iteration or 0, *around)
+
+    def reads(self, port: str) -> bool:
+        """Whether this optional output of the running block goes anywhere, so that it is worth making; yes if unknown."""
+        frame = self.frame
+        program = frame.plan.program if frame is not None and frame.plan is not None else ()
+        op = next((op for op in program if getattr(op, "node_id", None) == self.node_id), None)
+        if frame is None or op is None:
+            return True
+        return any(name == port for name, _ in op.optional_outs) or (
+            f"{frame.node_path}{self.node_id}:{port}" in frame.options.capture
+        )
 
     def hold(self, model: str, *, tokens: int, cost: float | None = 0.0) -> AbstractContextManager[Hold | None]:
         """Hold one call of at most so many tokens in the run's budget, before it is made; `add_usage` settles it.

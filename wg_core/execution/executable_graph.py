@@ -280,6 +280,7 @@ class ExecutableGraph(Container[Child]):
             self.to(options.device)
             values = map_tensors(values, lambda tensor: tensor.to(options.device))
         frame = Frame(self.level, self.id, options, parent, tuple(self.hooks))
+        frame.plan = plan
         around = FRAME.get()
         FRAME.set(frame)
         try:
