@@ -1,6 +1,7 @@
 """Memory and speed of a base world and two LoRA worlds side by side in one process: `python benchmarks/lora_worlds.py [FILE]`.
 
-The world's language model answers once in each world. `memory_ratio` is the memory of the process with all three worlds to
+The world's language model answers once in each world; that the worlds differ is seen from the loss of one fixed answer, as
+texts of weak adapters may agree. `memory_ratio` is the memory of the process with all three worlds to
 that with the base alone plus the bytes of the adapters (the aim: at most 1.05); packages are imported before.
 """
 
@@ -30,7 +31,7 @@ def stir(world: Any, seed: int, size: float) -> None:
 def measure(file: Path, rank: int, tokens: int) -> dict[str, Any]:
     """Megabytes and tokens per second, and their ratios."""
     import peft  # noqa: F401
-    import torch  # noqa: F401
+    import torch
 
     from wg_core import World
     from wg_core.levels.lora_world import lora_world
@@ -40,12 +41,16 @@ def measure(file: Path, rank: int, tokens: int) -> dict[str, Any]:
     path, model = next((p, b) for p, b in base.block_paths() if b.role == "llm" and hasattr(b, "modules"))
     process = psutil.Process()
 
-    def answer(world: Any) -> tuple[str, float]:
+    def answer(world: Any) -> tuple[tuple[str, float], float]:
+        prompt = "Tell of a storm in the harbour."
         with calling(world, path, training=False) as block:
-            asked = {"prompt": "Tell of a storm in the harbour.", "params": {"max_new_tokens": tokens, "temperature": 0}}
             began = time.perf_counter()
-            out = block.run(asked)
-            return out["text"], out["usage"]["completion_tokens"] / (time.perf_counter() - began)
+            out = block.run({"prompt": prompt, "params": {"max_new_tokens": tokens, "temperature": 0}})
+            speed = out["usage"]["completion_tokens"] / (time.perf_counter() - began)
+            fixed: Any = {"messages": [{"role": "user", "content": prompt}], "answer": "At dawn the sea lay still again."}
+            with torch.no_grad():
+                loss, _ = block.answer_loss([fixed])  # type: ignore[attr-defined]
+            return (out["text"], float(loss)), speed
 
     answer(base)
     digest = model.weight_hash()
@@ -59,7 +64,7 @@ def measure(file: Path, rank: int, tokens: int) -> dict[str, Any]:
     answers, speeds = zip(*(answer(world) for world in worlds), strict=True)
     again, beside_speed = answer(base)
     together = process.memory_info().rss
-    if again != plain or len({plain, *answers}) != 3 or model.weight_hash() != digest:
+    if again != plain or len({loss for _, loss in (plain, *answers)}) != 3 or model.weight_hash() != digest:
         raise SystemExit("the worlds do not differ, or the base changed")
     mega = 1 << 20
     return {

@@ -11,6 +11,7 @@ import torch
 
 from wg_blocks.llm_local import CausalLM
 from wg_core import ModelPool, World
+from wg_core.assembly.loader import dump_yaml
 from wg_core.errors import AdapterError, ConfigError, MissingModelError, NodeError, NodeExecutionError
 from wg_core.levels.adapter_sets import report
 from wg_core.levels.lora_world import LoraWorld, lora_world
@@ -54,6 +55,17 @@ def test_base_and_two_worlds_side_by_side_on_one_model(base: World) -> None:
     assert [texts(w) for w in (a, base, b, a, base)] == [first, alone, other, first, alone]
     models = {id(x) for w in (base, a, b) for x in w.iter_blocks() if isinstance(x, CausalLM)}
     assert len(models) == 1 and len(block_at(base, AT["tell"]).adapters) == 2
+
+
+def test_the_benchmark_tells_worlds_apart_whose_texts_agree(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """03 L-3: after one word the texts of weak adapters are the same, what the worlds think of an answer is not."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from lora_worlds import measure  # type: ignore[import-not-found]
+
+    found = measure(dump_yaml(config(folder, "measured"), tmp_path / "measured.yaml"), rank=2, tokens=1)
+    assert found["world"] == "measured" and found["memory_ratio"] > 0
 
 
 def test_worlds_in_threads_do_not_meet(base: World) -> None:
