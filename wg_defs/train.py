@@ -181,7 +181,7 @@ def _train(
         say("training")
         result = fit(
             lora.named_trainable_parameters(), examples.split("train"), loss_on(lora), config,
-            held_out=rows, folder=folder, hooks=(tracking, *hooks),
+            held_out=rows, folder=folder, hooks=(tracking, *hooks), resting=lora.resting_hashes(),
         )  # fmt: skip
         after = _samples(folder, "after", lora, examples, settings, tracking, say)
         say("writing the adapters")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Linear, Odd, chain
+from nets import Linear, Net, Odd, chain
 from safetensors.torch import load_file
 
 from wg_core import ModelPool
@@ -244,3 +244,35 @@ def test_a_trained_model_is_not_served_for_its_reference(tmp_path: Path) -> None
     fresh.materialize()
     assert fresh is not trained and fresh.weight_hash() == was != trained.weight_hash()
     assert pool.get_or_build(entry, types) is fresh
+
+
+@pytest.mark.parametrize("changed", ["base", "head"])
+def test_a_training_does_not_go_on_over_other_weights_that_rest(changed: str, tmp_path: Path) -> None:
+    """03 L-6, 02 S-13: a frozen block, and what is frozen of one that learns, must be what the training began with."""
+
+    def graph(*, seeds: tuple[int, int] = (1, 2)) -> Any:
+        made = chain(("base", Linear(init_seed=seeds[0])), ("head", Net(init_seed=seeds[1])))
+        made.nodes["head"].child.freeze("enc.0.*")
+        return made
+
+    def stop(event: Event) -> None:
+        if event.kind == "train_step" and event.data["step"] == 3:
+            raise AbortRun("killed")
+
+    x = torch.arange(6.0).reshape(2, 3)
+    examples: Any = [{"inputs": {"x": x}, "targets": {"y": x}}]
+    bound: Any = [{"output": "y", "target": "y"}]
+    config = TrainingConfig(steps=4, save_every=2, lr=0.01, trainable=["head"], freeze_others=True, loss=bound)
+    with pytest.raises(AbortRun):
+        graph().fit(examples, config, folder=tmp_path, hooks=[stop])
+    other = graph(seeds=(3, 2)) if changed == "base" else graph()
+    if changed == "head":
+        with torch.no_grad():
+            dict(other.nodes["head"].child.named_parameters())["enc.0.bias"].add_(1)
+    with pytest.raises(CheckpointError, match=rf"other weights .* do not learn: {changed} \([0-9a-f]{{64}} there, [0-9a-f]{{64}} here\)"):
+        other.fit(examples, config, folder=tmp_path)
+    same = graph()
+    done = same.fit(examples, config, folder=tmp_path)
+    assert (done.resumed_at, done.steps) == (2, 4)
+    again = same.fit(examples, config, folder=tmp_path)  # what has learned is not what rests
+    assert again.resumed_at == 4

@@ -360,6 +360,12 @@ class LoraWorld(World):
                 if f"adapters/{name}/{key}" not in self._resting:
                     yield f"adapters/{name}/{key}", adapter
 
+    def resting_hashes(self) -> dict[str, str | None]:
+        """As at any level, without the sets that do not work."""
+        found = super().resting_hashes()
+        idle = tuple(f"adapters/{name}/" for name in self._sets if name not in self._active)
+        return {path: digest for path, digest in found.items() if not path.startswith(idle)}
+
     def models(self) -> dict[str, str | None]:
         """Model key -> hash of its weights where it has local ones, the adapters of active sets among them."""
         return dict(sorted({**super().models(), **self._learned_hashes()}.items()))

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wg_core.assembly.roles import role_of
-from wg_core.errors import ConfigError, NodeError, did_you_mean
+from wg_core.errors import ConfigError, MissingModelError, NodeError, did_you_mean
 from wg_core.execution.block import Block
 from wg_core.execution.context import FRAME, Frame, Hook, RunOptions
 from wg_core.execution.modes import modes
 from wg_core.execution.node import Node
 from wg_core.weights.lora import active
-from wg_core.weights.module import ModuleBlock, held_still
-from wg_core.weights.tree import sub_paths, unique
+from wg_core.weights.module import ModuleBlock, held_still, state_hash
+from wg_core.weights.tree import own_parameters, sub_paths, unique
 
 if TYPE_CHECKING:
     from wg_core.execution.validate import ValidationResult
@@ -54,6 +54,10 @@ class Trained:
     @abstractmethod
     def iter_blocks(self) -> Iterator[Block]:
         """All blocks below, each instance once."""
+
+    @abstractmethod
+    def block_paths(self) -> Iterator[tuple[str, Block]]:
+        """Each use of a block below, sub-blocks included, as `(path, block)`."""
 
     @abstractmethod
     def rehearse(self, inputs: Mapping[Any, Any], **options: Any) -> dict[str, Any]:
@@ -183,6 +187,23 @@ class Trained:
                 for name, module in block.modules.items():
                     yield from ((f"{path}:{name}.{key}", buffer) for key, buffer in module.named_buffers())
 
+    def resting_hashes(self) -> dict[str, str | None]:
+        """Hashes of the weights that do not learn, by the first path of their block; loads blocks that it must look into.
+
+        Of a block that learns in part these are its other parameters. None for a model that is not there.
+        """
+        learning = {id(parameter) for parameter in self.trainable_parameters()}
+        moving = {id(part) for _, block in self.trained_blocks() for part in block.iter_blocks()}
+        found: dict[str, str | None] = {}
+        for path, block in unique(self.block_paths()).items():
+            if not isinstance(block, ModuleBlock):
+                continue
+            if id(block) not in moving:
+                found[path] = _hash_of(block)
+            elif rest := {name: p for name, p in own_parameters(block) if id(p) not in learning}:
+                found[path] = state_hash(rest)
+        return found
+
     def modes_for(self, training: bool) -> AbstractContextManager[None]:
         """All blocks below in the mode of a run, gradients on or off."""
         learn = (part for _, block in self.trained_blocks() for part in block.iter_blocks())
@@ -215,7 +236,17 @@ class Trained:
         return fit(
             self.parameter_uses(), examples, loss or bound_loss(self, config), config,
             held_out=held_out, folder=folder, hooks=hooks, buffers=self.trained_buffers(),
+            resting=self.resting_hashes() if folder is not None else None,
         )  # fmt: skip
+
+
+def _hash_of(block: ModuleBlock) -> str | None:
+    if block.weight_hash() is None:
+        try:
+            block.materialize()
+        except MissingModelError:
+            return None
+    return block.weight_hash()
 
 
 def _id(level: Trained) -> str:

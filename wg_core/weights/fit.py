@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ def fit(
     folder: Path | str | None = None,
     hooks: Sequence[Hook] = (),
     buffers: Iterable[tuple[str, Any]] = (),
+    resting: Mapping[str, str | None] | None = None,
 ) -> FitResult:
     """Train parameters on examples until `config.steps`, or until the held-out loss no longer falls.
 
@@ -57,15 +58,16 @@ def fit(
     scalar tensor, the mean over the batch, or `(tensor, tokens)`, the mean over so many tokens; what it draws at random
     it draws from torch. For held-out examples it is called with gradients off. The order of examples follows
     `config.seed`. With a `folder` the state is kept in its `training_state/`, `buffers` (tensors that change beside the
-    parameters) too, and a training of the same config and examples that is there goes on to equal weights.
+    parameters) too, and a training of the same config and examples that is there goes on to equal weights. `resting` are
+    hashes, by path, of weights that the loss reads and that do not learn: they must be those that it began with.
 
     Hooks get the events `train_start, train_step, train_eval, train_end`, with `{step, of, loss, lr, tokens_per_s?,
     held_out_loss?}` as data.
 
     Raises: NothingTrainableError, NotFiniteError naming step and parameter, ConfigError, CheckpointError for the state
-    of another training, AbortRun.
+    of another training, or of one over other weights, AbortRun.
     """
-    training = _Training(parameters, examples, loss, config, held_out, folder, hooks, buffers)
+    training = _Training(parameters, examples, loss, config, held_out, folder, hooks, buffers, resting or {})
     with training.randomness():
         return training.run()
 
@@ -81,6 +83,7 @@ class _Training:
         folder: Path | str | None,
         hooks: Sequence[Hook],
         buffers: Iterable[tuple[str, Any]],
+        resting: Mapping[str, str | None],
     ) -> None:
         groups = parameter_groups(parameters, config)
         import torch
@@ -90,6 +93,7 @@ class _Training:
         self.loss, self.config, self.examples, self.held_out = loss, config, examples, held_out
         self.named: dict[str, Tensor] = {n: p for g in groups for n, p in zip(g["names"], g["params"], strict=True)}
         self.buffers: dict[str, Tensor] = dict(buffers)
+        self.resting = dict(resting)
         self.folder = Path(folder) / FOLDER if folder is not None else None
         self.data = fingerprint(examples, held_out) if folder is not None else ""
         self.frame = Frame("train", "train", RunOptions(training=True, callbacks=tuple(hooks)))
@@ -248,6 +252,7 @@ class _Training:
             "config": self.config.model_dump(mode="json"),
             "data": self.data,
             "names": list(self.named),
+            "resting": self.resting,
             "step": result.steps,
             "position": result.steps * self.config.batch_size * self.config.accumulate,
             "loss": result.loss,
@@ -302,6 +307,17 @@ class _Training:
             raise CheckpointError(
                 f"{self.folder} holds the state of another training: {', '.join(wrong)} differ; "
                 "choose another folder, or remove that one to begin anew"
+            )
+        began: dict[str, Any] = data.get("resting", {})
+        other = [
+            f"{path} ({began.get(path)} there, {self.resting.get(path)} here)"
+            for path in {**began, **self.resting}
+            if began.get(path) != self.resting.get(path)
+        ]
+        if other:
+            raise CheckpointError(
+                f"{self.folder} holds a training over other weights than those here, which do not learn: {', '.join(other)}; "
+                "go on over those that it began with, or remove that folder to begin anew"
             )
 
 
