@@ -260,9 +260,9 @@ def test_each_unique_block_is_one_entry_and_the_index_names_all_places(ref: str,
     assert len([f for f in files(tmp_path / "c") if f.endswith(".safetensors")]) == 3
     assert len([f for f in files(tmp_path / "c") if f.endswith(".json")]) == 3  # two memories and the index
     assert found["blocks"][keys["one/model"]]["base_ref"][2] == os.path.realpath(ref)
-    assert found["blocks"][keys["one/model"]]["changed"] is False
+    assert found["blocks"][keys["one/model"]]["weights_revision"] is None
     shaken(pipeline).save_checkpoint(tmp_path / "c")
-    assert index(tmp_path / "c")["blocks"][keys["one/model"]]["changed"] is True
+    assert len(index(tmp_path / "c")["blocks"][keys["one/model"]]["weights_revision"]) == 64
 
 
 def test_two_ways_to_load_one_reference_do_not_collide(ref: str, tmp_path: Path) -> None:

@@ -96,6 +96,42 @@ def adapted() -> Graph:
     return graph
 
 
+@pytest.mark.parametrize("scope", ["adapters", "trainable"])
+def test_what_was_learned_over_a_trained_model_is_not_loaded_over_its_reference(
+    scope: str, ref: str, tmp_path: Path
+) -> None:
+    """01 E-2: a partial checkpoint says the revision of trained weights that it leaves out; a load compares it."""
+
+    def graph() -> Graph:
+        made = Graph("g")
+        made.add_node("test/linear", "m", config={"checkpoint_ref": ref}, registry=registry(), pool=ModelPool())
+        made.add_node("adapter/lora", "lora", config={"target": "m", "rank": 1, "modules": ["net"]})
+        return made
+
+    plain = graph()
+    plain.nodes["m"].child.materialize()
+    plain.set_trainable("m", False)
+    shaken(plain.nodes["lora"].child)
+    plain.save_checkpoint(tmp_path / "plain", scope=scope)
+    assert index(tmp_path / "plain")["weights_revisions"] == {}
+    graph().load_from_checkpoint(tmp_path / "plain")
+    tuned = graph()
+    shaken(tuned)
+    tuned.save_checkpoint(tmp_path / "tuned")
+    tuned.set_trainable("m", False)
+    tuned.save_checkpoint(tmp_path / "part", scope=scope)
+    revision = index(tmp_path / "part")["weights_revisions"]["m"]
+    assert revision["names"] == ["net.weight"] and len(revision["sha256"]) == 64
+    other = graph()
+    before = bits(other.state_dict())
+    with pytest.raises(CheckpointError, match=rf"m had been trained before.*weights_revision is {revision['sha256']}.*scope='all'"):
+        other.load_from_checkpoint(tmp_path / "part")
+    assert bits(other.state_dict()) == before
+    other.load_from_checkpoint(tmp_path / "tuned")
+    other.load_from_checkpoint(tmp_path / "part")
+    assert bits(other.state_dict()) == bits(tuned.state_dict())
+
+
 # ---- older checkpoints -------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +256,7 @@ def test_a_saved_fine_tune_is_not_taken_for_its_base(ref: str, tmp_path: Path) -
     assert other.nodes["m"].child is not loaded.nodes["m"].child
     assert bits(other.state_dict()) == bits({"m:net.weight": Linear().state_dict()["net.weight"]})
     entry = next(iter(index(tmp_path / "one" / "checkpoint")["blocks"].values()))
-    assert entry["base_ref"][2] == ref and entry["changed"] is True and len(entry["tensors"]["sha256"]) == 64
+    assert entry["base_ref"][2] == ref and len(entry["weights_revision"]) == len(entry["tensors"]["sha256"]) == 64
     base = with_model(pool, "three", ref)
     with pytest.raises(CheckpointError, match="held by graph 't"):
         Graph.load(tmp_path / "one", registry=registry(), pool=pool)

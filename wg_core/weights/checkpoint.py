@@ -2,7 +2,7 @@
 
 A checkpoint is a folder (`dir`) or the same folder as one zip file (`archive`): `index.json`, and in `blocks/` one file
 of tensors and one JSON file of other values for each block that has such state. One of a smaller `scope` says in the
-index what it lacks.
+index what it lacks. Of weights that are no longer what their reference names the index says a `weights_revision`, a hash.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from wg_core.structure.port import kind_of
 from wg_core.structure.versions import Format
 from wg_core.weights.archive import pack_folder, unpack
 from wg_core.weights.backends import get_backend, read_tensors
+from wg_core.weights.module import ModuleBlock, state_hash
 from wg_core.weights.scope import Keep, everything
 from wg_core.weights.tree import Paths, is_tensor, unique
 
@@ -121,11 +122,14 @@ def _write_folder(
     keys: dict[int, str] = {}
     blocks: dict[str, Any] = {}
     lacks: dict[str, list[str]] = {}
+    revisions: dict[str, Any] = {}
     for path, block in unique(paths).items():
         whole = block.own_state_dict()
         state = keep(block, whole)
         if len(state) < len(whole):
             lacks[path] = [k for k in whole if k not in state]
+            if lost := _written_over(block, {k: whole[k] for k in lacks[path]}):
+                revisions[path] = {"names": list(lost), "sha256": state_hash(lost)}
         if state:
             key = _block_key(path, block, blocks)
             blocks[key] = _write_block(folder, key, path, block, state, backend)
@@ -137,10 +141,19 @@ def _write_folder(
         "backend": backend,
         "libraries": libraries(),
         "lacks": lacks,
+        "weights_revisions": revisions,
         "paths": {path: keys[id(block)] for path, block in paths if id(block) in keys},
         "blocks": blocks,
     }
     write_file(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode("utf-8"))
+
+
+def _written_over(block: Block, left: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is left out of a block's state the weights that its reference no longer names."""
+    if not isinstance(block, ModuleBlock) or block.model_ref() is None:
+        return {}
+    written = block.written()
+    return {name: value for name, value in left.items() if is_tensor(value) and value.data_ptr() in written}
 
 
 def libraries() -> dict[str, str | None]:
@@ -174,7 +187,6 @@ def _write_block(
     entry: dict[str, Any] = {"block_type": block.block_type, "class": type(block).__name__}
     if reference is not None:
         entry["base_ref"] = list(reference)
-        entry["changed"] = block.weights_changed()
     if tensors:
         file = folder / "blocks" / f"{key}{get_backend(backend).suffix}"
         try:
@@ -188,7 +200,13 @@ def _write_block(
         file = folder / "blocks" / f"{key}.json"
         write_file(file, json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8"))
         entry["values"] = {"file": f"blocks/{file.name}", "sha256": file_hash(file)}
+    if reference is not None:
+        entry["weights_revision"] = _content_hash(entry) if block.weights_changed() else None
     return entry
+
+
+def _content_hash(entry: Mapping[str, Any]) -> str:
+    return sha256_json([entry[part]["sha256"] for part in ("tensors", "values") if part in entry])
 
 
 def _split(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
@@ -284,8 +302,12 @@ class Store:
 
     def content_hash(self, key: str) -> str:
         """The sha256 of what is stored for a block key, hex."""
-        entry = self.index["blocks"][key]
-        return sha256_json([entry[part]["sha256"] for part in ("tensors", "values") if part in entry])
+        return _content_hash(self.index["blocks"][key])
+
+    @property
+    def revisions(self) -> dict[str, dict[str, Any]]:
+        """Node path -> names and hash of weights that were left out although their reference does not name them."""
+        return self.index.get("weights_revisions", {})
 
     def state(self, key: str) -> dict[str, Any]:
         """The stored state of a block key. Raises: CheckpointError."""

@@ -12,7 +12,7 @@ from wg_core.errors import CheckpointError, StateDictError
 from wg_core.execution.block import Block, LoadReport, take_over
 from wg_core.structure.port import kind_of
 from wg_core.weights.checkpoint import ROOT, Store, opened, save_checkpoint
-from wg_core.weights.module import ModuleBlock
+from wg_core.weights.module import ModuleBlock, state_hash
 from wg_core.weights.tree import Paths, is_tensor, sub_paths, unique
 
 ON_SHARED = ("error", "fork")
@@ -43,9 +43,9 @@ def load_checkpoint(
     `rename` maps paths in the checkpoint to paths here, with all below them. With `verify` file hashes are compared.
     What a checkpoint of a smaller scope lacks stays as it is, and stands in the report as missing.
 
-    Raises: FileNotFoundError; CheckpointError for what is unreadable, for blocks that others hold too, and (with
-    `strict`) for blocks that only one side has; StateDictError for a wrong shape or kind, and (with `strict`) for
-    missing or unexpected keys.
+    Raises: FileNotFoundError; CheckpointError for what is unreadable, for blocks that others hold too, for a part of a
+    block that was trained over other weights than are here, and (with `strict`) for blocks that only one side has;
+    StateDictError for a wrong shape or kind, and (with `strict`) for missing or unexpected keys.
     """
     here = list(paths)
     with opened(source, verify) as store:
@@ -66,6 +66,7 @@ class _Match:
     def __init__(self, here: list[tuple[str, Block]], store: Store, rename: Mapping[str, str]) -> None:
         self.here = here
         self.store = store
+        self.rename = rename
         self.stored = _renamed(store, store.paths, rename, must=True)
         lacks = _renamed(store, store.lacks, rename)
         self.key: dict[int, str] = {}
@@ -131,12 +132,30 @@ class _Match:
                 if k in given and _unlike(own[k], given[k])
             ]
             ready.append((target, {k: given.get(k, v) for k, v in own.items()}))
+        self._compare_left_out()
         if wrong or (strict and (missing or unexpected)):
             raise StateDictError(
                 f"{self.store.source} does not fit, nothing was loaded: missing {missing}, "
                 f"unexpected {unexpected}, wrong shape or kind {wrong}"
             )
         return LoadReport((*missing, *lacked), tuple(unexpected)), ready
+
+    def _compare_left_out(self) -> None:
+        """Raises: CheckpointError where what was stored was trained over other weights than are here."""
+        first = unique(self.here)
+        for path, revision in _renamed(self.store, self.store.revisions, self.rename).items():
+            block = first.get(path)
+            if block is None:
+                continue
+            own = self.into.get(id(block), block) or block
+            state = own.own_state_dict()
+            found = state_hash({name: state[name] for name in revision["names"] if name in state})
+            if found != revision["sha256"]:
+                raise CheckpointError(
+                    f"{self.store.source} (scope {self.store.index['scope']}) was made where {path} had been trained before, "
+                    f"and does not hold that: its weights_revision is {revision['sha256']}, of the weights here {found}; "
+                    "load what was trained before first, or save with scope='all'; nothing was loaded"
+                )
 
     def _owners(self, strict: bool) -> tuple[list[str], list[str], list[str]]:
         here, stored, store = self.here, self.stored, self.store

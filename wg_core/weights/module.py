@@ -174,6 +174,11 @@ class ModuleBlock(Block):
         """
         return super().weights_changed() or (self._built is not None and self._versions() != self._stamp)
 
+    def written(self) -> set[int]:
+        """Where own tensors lie (`data_ptr`) that were written since they were built."""
+        pairs = zip(self._tensors(), self._stamp, strict=False)
+        return {tensor.data_ptr() for tensor, was in pairs if self.model_revision or tensor._version != was}
+
     def weight_hash(self) -> str | None:
         """Sha256 of names, kinds and bytes of all own tensors; None while they are not loaded."""
         if self._built is None:
