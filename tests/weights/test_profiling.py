@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from wg_core import Block, Graph, Port
-from wg_core.errors import ConfigError, ProfilerBusyError
+from wg_core import Block, Graph, Pipeline, Port, World
+from wg_core.errors import ConfigError, MissingInputError, ProfilerBusyError
 from wg_core.weights.profiling import KINDS, Profile
 
 
@@ -61,6 +61,35 @@ def test_a_profile_changes_no_result_and_its_file_parses(kind: str, tmp_path: Pa
         assert "forward" in called
     else:
         assert any(e.get("name") == "aten::mm" for e in json.loads(file.read_text())["traceEvents"])
+
+
+def test_a_run_is_profiled_by_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """04 X-24: `profile` of a run writes file and table; values stay, on every level; a failed run leaves no file."""
+    monkeypatch.setenv("WG_HOME", str(tmp_path / "home"))
+    graph, given = nested(), {"n": 1, "prompt": "go"}
+    plain = graph.run(given)
+    heard: list[str] = []
+    assert graph.run(given, profile=True, callbacks=[lambda e: heard.append(e.kind)]) == plain and "node_end" in heard
+    folder = tmp_path / "home" / "profiles" / "outer"
+    assert "forward" in {name for _, _, name in pstats.Stats(str(folder / "run.prof")).stats}  # type: ignore[attr-defined]
+    rows = json.loads((folder / "run.nodes.json").read_text())
+    assert {"outer/first", "outer/inner/say"} <= {row["path"] for row in rows} and rows[0].keys() >= {"calls", "seconds", "own"}
+    pipeline = Pipeline("whole")
+    pipeline.add_graph(graph, "g")
+    assert pipeline.run(given, profile={"kind": "torch", "out": str(tmp_path / "p")}) == plain
+    assert json.loads((tmp_path / "p" / "run.trace.json").read_text())["traceEvents"]
+    stage = World.from_template("stub", world_id="isle").stages["philosopher"]
+    assert stage.run({"state": {}}, seed=1, profile="cpu") == stage.run({"state": {}}, seed=1)
+    assert (tmp_path / "home" / "profiles" / stage.id / "run.prof").is_file()
+    with pytest.raises(ConfigError, match="'output'"):
+        graph.run(given, profile={"output": "x"})
+    with pytest.raises(ConfigError, match="cpu, torch"):
+        graph.run(given, profile="gpu")
+    with Profile(), pytest.raises(ProfilerBusyError):
+        graph.run(given, profile=True)
+    with pytest.raises(MissingInputError):
+        graph.run({}, profile={"out": str(tmp_path / "none")})
+    assert not (tmp_path / "none").exists()
 
 
 def test_profilers_do_not_nest_and_know_their_kinds() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from wg_core.errors import MissingInputError, NodeError, UnexpectedInputError, did_you_mean
 from wg_core.execution.agent import AgentLoop, Tool
@@ -53,6 +53,8 @@ class Executable(Protocol):
 
 class ExecutableGraph(Container[Child]):
     """A directed graph of children with typed ports that runs as a whole."""
+
+    is_walk: ClassVar[bool] = True  # whether a run is the walk over its plan and nothing else
 
     def __init__(self, id: str | None = None, *, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(id, metadata=metadata)
@@ -188,7 +190,7 @@ class ExecutableGraph(Container[Child]):
 
     def _side_by_side(self, options: Mapping[str, Any]) -> bool:
         chosen = self._chosen(options)
-        plain = type(self).run is ExecutableGraph.run and FRAME.get() is None and not (chosen.training or chosen.dry_run)
+        plain = self.is_walk and FRAME.get() is None and not (chosen.training or chosen.dry_run)
         return plain and any(block.batches for block in self.plan().blocks)
 
     async def run_async(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from wg_core.levels.training import Trained
 from wg_core.levels.written import Written
 from wg_core.weights.lora import active
 from wg_core.weights.module import ModuleBlock, frozen_forward
+from wg_core.weights.profiling import Asked, profiled
 from wg_core.weights.tree import sub_paths, unique
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ class Level(ExecutableGraph[Child], Trained, Written):
     def remotes(self) -> Iterator[Remote]:
         """The parts of this level, at any depth, that run elsewhere."""
         return iter(())
+
+    def run(self, inputs: Mapping[Any, Any] | None = None, *, profile: Asked = None, **options: Any) -> dict[str, Any]:
+        """As `ExecutableGraph.run`; with `profile` it is profiled too, as `wg_core.weights.profiling.profiled` says.
+
+        Raises: what that `run` and `profiled` raise.
+        """
+        if not profile:
+            return super().run(inputs, **options)
+        with profiled(profile, self.id, options) as chosen:
+            return super().run(inputs, **chosen)
 
     _adapted = False  # whether a weight adapter was ever added
 

@@ -18,6 +18,7 @@ from wg_core.levels.graph import Graph
 from wg_core.levels.pipeline import Nested, Pipeline, here_or_there
 from wg_core.levels.remote import Remote
 from wg_core.state.state import BLOCKS, State, block_name
+from wg_core.weights.profiling import Asked, profiled
 
 SOURCES = ("world", "action", "schema")
 
@@ -93,6 +94,7 @@ class Stage(Nested[Pipeline | Remote]):
     """
 
     level = kind = "stage"
+    is_walk = False
 
     def __init__(
         self,
@@ -272,10 +274,11 @@ class Stage(Nested[Pipeline | Remote]):
             at[last] = outputs[key]
         return blocks
 
-    def run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
-        """The common contract: `{"state", "world"?, "action"?, "schema"?}` in, `{"state"}` out."""
+    def run(self, inputs: Mapping[Any, Any] | None = None, *, profile: Asked = None, **options: Any) -> dict[str, Any]:
+        """The common contract: `{"state", "world"?, "action"?, "schema"?}` in, `{"state"}` out; `profile` as at any level."""
         state, sources = _state_of(inputs)
-        return _common(self.step(state, **sources, **options))
+        with profiled(profile, self.id, options) as chosen:
+            return _common(self.step(state, **sources, **chosen))
 
     def dry_run(self, inputs: Mapping[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Check the mapping and walk the pipelines with placeholders; gives the written blocks' placeholders."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from wg_core.errors import ConfigError, ProfilerBusyError
 from wg_core.execution.context import Event
+from wg_core.state.files import make_folder, write_file
+from wg_core.state.home import home
+from wg_core.structure.ids import safe_path
 
 KINDS = ("cpu", "torch")
+Asked = bool | str | Mapping[str, Any] | None
 _at_work = threading.Lock()
 
 
@@ -105,3 +112,27 @@ class Profile:
         else:
             self._profiler.dump_stats(path)
         return path
+
+
+@contextmanager
+def profiled(asked: Asked, level_id: str, options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+    """Profile a run as its option `profile` asks, and write the profiler's file `run` and the table `run.nodes.json`.
+
+    Gives the options to run with. `asked` is a kind, True for `cpu`, or `{kind?, out?}`, where `out` is the folder, by
+    default `profiles/` and the id of the level in the engine's home; files of an earlier run are written over, and a run
+    that fails leaves none.
+
+    Raises: ConfigError, ProfilerBusyError.
+    """
+    if not asked:
+        yield dict(options)
+        return
+    given: dict[str, Any] = {"kind": asked} if isinstance(asked, str) else {} if asked is True else dict(cast(Any, asked))
+    if not given.keys() <= {"kind", "out"}:
+        raise ConfigError(f"profile is True, a kind, or {{kind, out}}, not {', '.join(map(repr, given))}")
+    with Profile(given.get("kind", "cpu")) as found:
+        yield {**options, "callbacks": (*options.get("callbacks", ()), found)}
+    folder = Path(given["out"]) if "out" in given else safe_path(home(), "profiles", level_id)
+    make_folder(folder)
+    found.write(folder, "run")
+    write_file(folder / "run.nodes.json", json.dumps([*map(asdict, found.table())], indent=1).encode())
