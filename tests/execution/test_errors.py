@@ -12,7 +12,8 @@ from blocks_for_tests import Affine
 from wg_core.errors import AdapterError
 
 WITHOUT = """
-import sys
+import sys, types
+sys.modules["torch"] = types.ModuleType("torch")  # it is there, and takes long to load
 sys.modules["transformers"] = None  # what an interpreter without the package does
 from pathlib import Path
 from wg_blocks.llm_local import load

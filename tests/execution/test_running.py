@@ -483,10 +483,10 @@ def test_a_change_between_runs_is_seen() -> None:
     assert looped.run({"x": 1}) == {"y": 16}
 
 
-def test_ten_thousand_nodes_in_a_row() -> None:
+def test_more_nodes_in_a_row_than_calls_may_nest() -> None:
     """02 G-29: no recursion limit anywhere: building, validating, planning, running, writing down."""
-    n = 10_000
-    assert n > sys.getrecursionlimit()
+    n = 3000
+    assert n > 2 * sys.getrecursionlimit()
     graph = Graph("long")
     block = Affine(offset=1)
     block.block_type = "test/affine"
