@@ -105,7 +105,7 @@ def test_a_failed_stream_is_closed_where_it_was_read(api: Callable[..., Block], 
             with pytest.raises(NodeExecutionError, match=says):
                 read(graph_of(api(max_response_bytes=100_000)), {"prompt": "x"})
         until = time.monotonic() + 5
-        while left := [o for o in gc.get_objects() if isinstance(o, AsyncGeneratorType)]:
+        while left := [o for o in gc.get_objects() if type(o) is AsyncGeneratorType]:
             assert time.monotonic() < until, left
     finally:
         gc.enable()
