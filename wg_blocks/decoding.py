@@ -16,13 +16,14 @@ from wg_core.weights.lora import per_row
 
 PENALTY_WINDOW = 256
 EMIT_EVERY = 8
-COPY_COST = 100.0  # below any other token, yet possible where a schema leaves no choice
+MAX_DIGITS = 16  # tokens of digits in a row under a schema, which bounds a number but not its decimal places
+LAST_RESORT = 100.0  # taken off a token's score: below any other, yet possible where a schema leaves no choice
 PIECE = 64  # tokens of a prompt that are computed together, at most
 PREFIX_BYTES = 96 << 20  # of keys and values that one model keeps of earlier prompts
 
 
 class Vocabulary:
-    """What decoding knows of a tokenizer: which tokens end an answer, and which are parts of words."""
+    """What decoding knows of a tokenizer: which tokens end an answer, are parts of words, or digits and nothing else."""
 
     def __init__(self, tokenizer: Any, ends: set[int]) -> None:
         import torch
@@ -32,6 +33,7 @@ class Vocabulary:
         self.size = len(tokenizer)
         self.ends = sorted(ends)
         self.words = torch.tensor([any(c.isalnum() for c in str(t).lstrip("Ġ▁")) for t in tokens])
+        self.digits = torch.tensor([str(t).isdecimal() for t in tokens])
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -60,6 +62,7 @@ class Writer:
         self.text = ""
         self.ended = False
         self.shown = ""
+        self._digits = 0  # how many tokens of digits stand at the end
         self.random = torch.Generator(device="cpu").manual_seed(seed)
         self._warpers = _warpers(settings)
         self._copies = _Copies(prompt, settings.no_repeat_ngram) if settings.no_repeat_ngram else None
@@ -74,7 +77,9 @@ class Writer:
 
         self._penalise(scores)
         if self._copies is not None:
-            scores[:, self._copies.now()] -= COPY_COST
+            scores[:, self._copies.now()] -= LAST_RESORT
+        if self.guide is not None and self._digits >= MAX_DIGITS:
+            scores[:, self.vocabulary.digits] -= LAST_RESORT
         if self.guide is not None:
             mask = torch.frombuffer(bytearray(self.guide.compute_logit_bias()), dtype=torch.uint8)
             scores.masked_fill_(mask[: self.vocabulary.size] == 0, -torch.inf)
@@ -89,6 +94,8 @@ class Writer:
             return []
         before = len(self.ids) // EMIT_EVERY
         self.ids += fresh
+        for each in fresh:
+            self._digits = self._digits + 1 if self.vocabulary.digits[each] else 0
         if self._copies is not None:
             self._copies.add(fresh)
         if self.settings.stop or len(self.ids) // EMIT_EVERY != before:

@@ -349,6 +349,21 @@ def test_any_schema_gives_a_valid_answer(block: CausalLM, schema: dict, seed: in
     assert json.loads(out["text"]) == out["data"]
 
 
+def test_a_number_comes_to_an_end(folder: Path) -> None:
+    """03 W-22: a model that would write zeros for ever is led on; digits that a schema demands are not held back."""
+    block = CausalLM(checkpoint_ref=str(folder))
+    block.materialize()
+    likes = torch.zeros(block.module.lm_head.out_features)
+    likes[block.tokenizer.convert_tokens_to_ids([".", "0"])] = 30.0
+    block.module.lm_head.register_forward_hook(lambda m, a, out: torch.zeros_like(out) + likes)
+    params = {"max_new_tokens": 60, "repetition_penalty": 1.0}
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    out = block.run({"prompt": "How much?", "schema": {"type": "array", "items": share, "minItems": 2, "maxItems": 2}, "params": params})
+    assert len(out["data"]) == 2 and all(0 <= n <= 1 for n in out["data"])
+    demanded = {"type": "string", "pattern": "^[0-9]{30}$"}
+    assert block.run({"prompt": "Which?", "schema": demanded, "params": params})["data"] == "0" * 30
+
+
 @settings(max_examples=150, deadline=None)
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 def test_the_fake_model_invents_valid_instances(schema: dict, seed: int) -> None:
