@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,36 @@ def test_two_pipelines_that_fill_one_block_are_told_apart_by_name() -> None:
         stage.add_pipeline(graph, name)
     with pytest.raises(ConfigError, match=r"no pipeline output has this name.*'one:intent'"):
         stage.output_mapping()
+
+
+class Counts(Decide):
+    """Takes a number, and gives a text too."""
+
+    ports = (Port("seen", "in", "number", optional=True), Port("intent", "out", "dict"), Port("said", "out", "text"))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "code", "says"),
+    [
+        ({"outputs": {"intent": "intnt"}}, "MAPPING", "output 'intent' comes from 'intnt'; did you mean 'intent'"),
+        ({"inputs": {"sean": "world"}}, "MAPPING", "inputs maps 'sean', which no pipeline takes; did you mean 'seen'"),
+        ({"outputs": {"intent": "intent", "intent.text": "intent"}}, "MAPPING", "'intent' as a whole and 'intent.text' within it"),
+        ({"inputs": {"seen": "action"}}, "TYPE_MISMATCH", "'seen' is mapped to 'action', but 'number' is taken and 'text' given"),
+        ({"outputs": {"intent": "said"}}, "TYPE_MISMATCH", "'said' is mapped to 'intent', but 'dict' is taken and 'text' given"),
+    ],
+)  # fmt: skip
+def test_a_wrong_mapping_is_found_by_validation(mapping: dict[str, Any], code: str, says: str) -> None:
+    """03 W-5, W-9: names exist, types agree, and nothing is filled twice; also of a stage that stands alone."""
+    issues = deciding(Counts(), **mapping).validate(strict=False).errors
+    assert [i.code for i in issues] == [code] and says in str(issues[0])
+
+
+def test_a_dry_run_through_the_common_contract() -> None:
+    """02 G-41: the same keys, and no placeholder in the state."""
+    stage = deciding()
+    state = State.of({2: {"requests": []}})
+    assert stage.run({"state": state}, dry_run=True) == asyncio.run(stage.run_async({"state": state}, dry_run=True)) == {"state": state}
+    assert stage.step(State(), dry_run=True).ran and not stage.step(State.of({1: {"text": "Snow."}}), dry_run=True).ran
 
 
 def test_the_mapping_follows_a_change_of_the_stage() -> None:

@@ -59,6 +59,8 @@ class RemoteStage(Stage):
         started = time.perf_counter()
         after: Any = self.remote.run(given, **options)["state"]
         seconds = time.perf_counter() - started
+        if self._chosen(options).dry_run:
+            return StageResult(state, True, "", seconds)
         made = after if isinstance(after, State) else State.of(after)
         strange = [b for b in made.to_json() if b not in self.writes and made.get(b) != state.get(b)]
         if strange:

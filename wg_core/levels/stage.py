@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, cast
 
 from wg_core.assembly.build import Build, fill_level
@@ -14,10 +15,12 @@ from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputErro
 from wg_core.execution.context import FRAME, Event, RunOptions
 from wg_core.execution.drive import Session, Stepping, drive
 from wg_core.execution.node import Spec
+from wg_core.execution.validate import Issue, ValidationResult
 from wg_core.levels.graph import Graph
 from wg_core.levels.pipeline import Nested, Pipeline, here_or_there
 from wg_core.levels.remote import Remote
 from wg_core.state.state import BLOCKS, State, block_name
+from wg_core.structure.port import Port
 from wg_core.weights.profiling import Asked, profiled
 
 SOURCES = ("world", "action", "schema")
@@ -47,6 +50,11 @@ class StageResult:
 
 
 Condition = Mapping[str, Sequence[str]]
+
+
+def _kind(place: str) -> str:
+    """The type of what a mapping names; empty for a field, whose type the schema of its block says."""
+    return {"world": "world", "action": "text"}.get(place) or ("" if "." in place else "dict")
 
 
 def why_not(state: State, reads: Sequence[str], writes: Sequence[str], condition: Condition | None = None) -> str:
@@ -167,6 +175,13 @@ class Stage(Nested[Pipeline | Remote]):
                 raise ConfigError(f"stage {self.id!r}: outputs fills {target!r}; {did_you_mean(target, self.writes)}")
             if key not in keys:
                 raise ConfigError(f"stage {self.id!r}: output {target!r} comes from {key!r}; {did_you_mean(key, keys)}")
+        parts = sorted(target.split(".") for target in self._given_outputs)
+        for one, next_one in pairwise(parts):
+            if next_one[: len(one)] == one:
+                raise ConfigError(
+                    f"stage {self.id!r}: outputs fills {'.'.join(one)!r} as a whole and {'.'.join(next_one)!r} within it; "
+                    "map one of the two"
+                )
         mapping = dict(self._given_outputs)
         for block in self.writes:
             if not any(t.split(".", 1)[0] == block for t in mapping):
@@ -177,6 +192,37 @@ class Stage(Nested[Pipeline | Remote]):
                     )
                 mapping[block] = block
         return mapping
+
+    def mapping_issues(self) -> Iterator[Issue]:
+        """What is wrong with the mapping: names, and types where a whole block or a source meets a port."""
+        try:
+            sources, targets = self.input_mapping(), self.output_mapping()
+        except ConfigError as error:
+            yield Issue("error", "MAPPING", self.id, str(error), "")
+            return
+        takes = {s["key"]: Port("x", "in", s["types"]) for s in super().get_input_spec()}
+        gives = {s["key"]: Port("x", "out", s["types"]) for s in super().get_output_spec()}
+        pairs = [(key, source, Port("x", "out", kind), takes[key]) for key, source in sources.items() if (kind := _kind(source))]
+        pairs += [(key, target, gives[key], Port("x", "in", kind)) for target, key in targets.items() if (kind := _kind(target))]
+        for key, place, out, into in pairs:
+            if not out.compatible_with(into):
+                said = f"{key!r} is mapped to {place!r}, but {'|'.join(into.types)!r} is taken and {'|'.join(out.types)!r} given"
+                yield Issue("error", "TYPE_MISMATCH", self.id, said, "map another port, or a field of the block", port=key)
+
+    def validate(
+        self, strict: bool = True, *, deep: bool = False, for_training: bool = False
+    ) -> ValidationResult:
+        """Check the whole structure and its mapping to the state without loading or running anything.
+
+        Raises: ValidationError with all errors, if `strict`.
+        """
+        result = super().validate(strict=False, deep=deep, for_training=for_training)
+        result.issues += self.mapping_issues()
+        if not result.is_valid:
+            self._valid_stamp = None
+            if strict:
+                result.raise_errors()
+        return result
 
     def _mappings(self) -> tuple[dict[str, str], dict[str, str]]:
         """Both mappings, found once until something below changes."""
@@ -199,8 +245,8 @@ class Stage(Nested[Pipeline | Remote]):
     ) -> StageResult:
         """Run on `state` if the contract says so, else hand it on unchanged with the reason.
 
-        `world` is a read-only view of the content; with `events` the result has all events of the run. Raises:
-        OutputContractError if a declared block stays empty.
+        `world` is a read-only view of the content; with `events` the result has all events of the run. A dry run hands
+        the state on as it is. Raises: OutputContractError if a declared block stays empty.
         """
         heard = listen(options) if events else []
         stepping, modes, chosen = self.stepping(state, {"world": world, "action": action, "schema": schema}, options)
@@ -223,7 +269,8 @@ class Stage(Nested[Pipeline | Remote]):
             outputs = yield from session
             seconds = time.perf_counter() - started
             captured = {key: outputs[key] for key in chosen.capture if key in outputs}
-            return StageResult(self._written(state, outputs), True, "", seconds, usage_since(ledger, before), captured)
+            after = state if chosen.dry_run else self._written(state, outputs)  # placeholders are no blocks
+            return StageResult(after, True, "", seconds, usage_since(ledger, before), captured)
 
         return whole(), modes, chosen
 
@@ -315,11 +362,6 @@ class Stage(Nested[Pipeline | Remote]):
         if entry.graph is not None:
             stage.add_pipeline(Graph.from_entry(entry.graph, build.at("graph")))
         fill_level(stage, entry, build, here_or_there(Pipeline.from_entry) if entry.nodes is not None else None)
-        try:
-            stage.input_mapping()
-            stage.output_mapping()
-        except ConfigError as error:
-            raise build.error(error) from error
         return stage
 
     def hashed(self) -> dict[str, Any]:

@@ -46,10 +46,12 @@ def world_issues(world: WorldStructure, deep: bool, for_training: bool = False) 
                 "leave reads and writes out, or give a cycle of your own",
                 name,
             )
+        written = stage.mapping_config()
+        paths = [p for p in written.get("inputs", {}).values() if p.partition(".")[0] in stage.reads]
+        paths += [p for p in written.get("outputs", {}) if p.partition(".")[0] in stage.writes]
+        paths += [p for condition in stage.execution_condition.values() for p in condition]
         try:
-            stage.input_mapping()
-            stage.output_mapping()
-            for path in (p for paths in stage.execution_condition.values() for p in paths):
+            for path in paths:
                 State.check_path(path, schema=world.state_schema)
         except ConfigError as error:
             yield issue("MAPPING", str(error), "", name)
