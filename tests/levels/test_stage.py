@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wg_core import Block, Graph, Port, Stage, State, World
-from wg_core.errors import ConfigError, OutputContractError, ValidationError
+from wg_core.errors import ConfigError, OutputContractError, PortValueError, ValidationError
 from wg_core.execution.context import Event, current_context
 from wg_core.state.store import SnapshotStore
 
@@ -110,6 +110,13 @@ def test_a_wrong_mapping_is_found_by_validation(mapping: dict[str, Any], code: s
     """03 W-5, W-9: names exist, types agree, and nothing is filled twice; also of a stage that stands alone."""
     issues = deciding(Counts(), **mapping).validate(strict=False).errors
     assert [i.code for i in issues] == [code] and says in str(issues[0])
+
+
+@pytest.mark.parametrize("state", [[1], {"intnt": {}}, {"intent": {"text": 5}}])
+def test_a_value_that_is_no_state_is_refused(state: Any) -> None:
+    """02 G-28, M-3: as the value of a port, so that a server answers that the inputs are bad."""
+    with pytest.raises(PortValueError, match="state"):
+        deciding().run({"state": state})
 
 
 def test_a_dry_run_through_the_common_contract() -> None:

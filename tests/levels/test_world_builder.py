@@ -10,7 +10,7 @@ import pytest
 
 from wg_core import Block, Graph, Port, Stage, State, World
 from wg_core.assembly.models import CANONICAL as ROLES
-from wg_core.errors import ConfigError, NodeError, ValidationError
+from wg_core.errors import ConfigError, NodeError, UnexpectedInputError, ValidationError
 from wg_core.state.content import WorldContent, apply
 from wg_core.state.state import StateSchema
 from wg_core.state.store import SnapshotStore
@@ -117,6 +117,26 @@ def test_a_cycle_without_world_update_warns(tmp_path: Path) -> None:
         "block 1 (intent) is already filled",
         "block 2 (generation_config) is already filled",
     ]
+
+
+def test_a_given_state_that_a_cycle_throws_away_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """03 W-10, W-15: a cycle that begins after World update begins with an empty state."""
+    world = World.from_template("stub", world_id="turned")
+    world.store = SnapshotStore(tmp_path)
+    world.set_cycle([*ROLES[3:], *ROLES[:3]])
+    world.step(seed=1)
+    assert caplog.text == ""
+    world.step(seed=1, state=world.example_state([1, 2]))
+    assert "its cycle begins with an empty state; what was given is lost: intent, generation_config" in caplog.text
+
+
+def test_an_option_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    """02 G-27: by name at the world too, and the world can be stepped afterwards."""
+    world = World.from_template("stub", world_id="asked")
+    world.store = SnapshotStore(tmp_path)
+    with pytest.raises(UnexpectedInputError, match="unexpected keyword argument 'sed'; options are training"):
+        world.step(sed=1)
+    assert world.step(seed=1).step == 0
 
 
 def test_a_stage_that_breaks_the_canonical_contract_is_an_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from wg_core.assembly.build import Build, fill_level
 from wg_core.assembly.models import StageEntry
-from wg_core.errors import ConfigError, OutputContractError, UnexpectedInputError, did_you_mean
+from wg_core.errors import ConfigError, OutputContractError, PortValueError, UnexpectedInputError, did_you_mean
 from wg_core.execution.context import FRAME, Event, RunOptions
 from wg_core.execution.drive import Session, Stepping, drive
 from wg_core.execution.node import Spec
@@ -217,7 +217,7 @@ class Stage(Nested[Pipeline | Remote]):
         Raises: ValidationError with all errors, if `strict`.
         """
         result = super().validate(strict=False, deep=deep, for_training=for_training)
-        result.issues += self.mapping_issues()
+        result.issues += self.mapping_issues() if self.nodes else ()
         if not result.is_valid:
             self._valid_stamp = None
             if strict:
@@ -415,13 +415,16 @@ def condition_of(entry: StageEntry) -> Condition | None:
 
 
 def _state_of(inputs: Mapping[Any, Any] | None) -> tuple[State, dict[str, Any]]:
-    """The state in the inputs of a stage, and what is beside it. Raises: UnexpectedInputError."""
+    """The state in the inputs of a stage, and what is beside it. Raises: UnexpectedInputError, PortValueError."""
     given = dict(inputs or {})
     state = given.pop("state", None) or State()
     for key in given:
         if key not in SOURCES:
             raise UnexpectedInputError(f"a stage has no input {key!r}; {did_you_mean(str(key), ('state', *SOURCES))}")
-    return state if isinstance(state, State) else State.of(state), given
+    try:
+        return state if isinstance(state, State) else State.from_json(state), given
+    except ConfigError as error:
+        raise PortValueError(str(error)) from error
 
 
 def _entry(key: str, type_name: str, required: bool) -> Spec:

@@ -27,7 +27,6 @@ from wg_core.execution.calls import CallLog
 from wg_core.execution.context import (
     Event,
     Hook,
-    RunOptions,
     add_rows,
     derive_seed,
     drained,
@@ -86,6 +85,9 @@ class World(WorldStructure):
                 )
             carried = head.carried if head is not None else {}
             given = self._state(carried if state is None else state.to_json() if isinstance(state, State) else state)
+            if state is not None and given.filled_names() and self._next.get(UPDATE) == self.cycle[0]:
+                lost = ", ".join(given.filled_names())
+                _log.warning("world %r: its cycle begins with an empty state; what was given is lost: %s", self.world_id, lost)
             step = head.step + 1 if head is not None else 0
             content_seed = self.initial_content.save(self.store.blobs)
             if head is not None and head.content_seed not in (None, content_seed):
@@ -409,7 +411,7 @@ class World(WorldStructure):
             "budget": step_budget(flow, options.get("budget")),
         }
         settings["extra"] = {"step": flow.step, **cast("dict[str, Any]", options.get("extra") or {})}
-        with self._calling(role, RunOptions(**settings)):
+        with self._calling(role, stage._chosen(settings)):
             schema = self.schema_for(stage.writes[0], content, state, seed=step_seed)
             sources = {"world": self._view(content), "action": flow.action, "schema": schema}
             result = yield from stage.stepping(state, sources, {})[0]
