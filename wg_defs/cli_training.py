@@ -74,7 +74,7 @@ def train(
     }  # fmt: skip
     settings = LoraSettings.of({key: value for key, value in given.items() if value is not None})
     if dagster:
-        return _through_dagster(path, file.world_id, settings, restart, as_json)
+        return _through_dagster(path, file.world_id, settings, as_json, resume=resume, restart=restart)
     tracker = tracker_of()
     try:
         with progress(settings.name, shown=not as_json) as (hook, say):
@@ -160,10 +160,10 @@ def _tell_line(event: "Event") -> None:
         err.print(f"step {data['step']} of {data['of']}: loss {data['loss']:.4f}", markup=False)
 
 
-def _through_dagster(path: Path, world_id: str, settings: Any, restart: bool, as_json: bool) -> int:
+def _through_dagster(path: Path, world_id: str, settings: Any, as_json: bool, **again: bool) -> int:
     from wg_defs.training import train_through_dagster
 
-    done = train_through_dagster(path, world_id, settings, restart=restart)
+    done = train_through_dagster(path, world_id, settings, **again)
     if as_json:
         print_json(done)
     elif done["ok"]:

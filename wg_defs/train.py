@@ -83,10 +83,11 @@ def train(
     """Train adapters for the LoRA world `settings.name` on the world of `file`, and give what came of it as JSON.
 
     A training that was interrupted goes on where it was, as the same MLflow run, if it is asked for with equal settings
-    or by `resume`; `restart` begins anew. The world file is written by `publish`.
+    or by `resume`; `restart` begins anew. The world file is written by `publish`; until it is, a training that came to its
+    end gives what it gave.
 
-    Raises: ConfigError for settings that differ from those of the interrupted training, one that is finished or runs
-    elsewhere, an id that is taken, too few or wrong examples; and what `fit` raises.
+    Raises: ConfigError for settings that differ from those of the interrupted training, one that runs elsewhere, an id
+    that is taken, too few or wrong examples; and what `fit` raises.
     """
     from filelock import FileLock, Timeout
 
@@ -95,6 +96,9 @@ def train(
     try:
         with FileLock(f"{folder}.lock", timeout=0):
             base, settings = begin(file, settings, root, resume=resume, restart=restart)
+            if (folder / RESULT).is_file():  # it was stopped between its end and `publish`
+                say("it is trained already")
+                return result_of(base.world_id, settings.name, root)
             return _train(base, settings, folder, tracker, tags or {}, hooks, say)
     except Timeout:
         raise ConfigError(f"{settings.name!r} is being trained by another process; wait for it, or stop it") from None
@@ -265,8 +269,6 @@ def _agreed(folder: Path, base: "World", settings: "LoraSettings", resume: bool)
             )
         return settings
     known = json.loads(kept.read_bytes())
-    if (folder / RESULT).is_file():
-        raise ConfigError(f"{settings.name!r} is trained already; choose another --name, or begin anew with --restart")
     if known["base_hash"] != base.config_hash:
         raise ConfigError(
             f"the training of {settings.name!r} began on {base.world_id!r} as it was ({known['base_hash'][:12]}), which has "

@@ -252,13 +252,16 @@ def train_job(file: WorldFile, assets: list[dg.AssetsDefinition]) -> dg.JobDefin
     )
 
 
-def train_through_dagster(path: Path, world_id: str, settings: "LoraSettings", *, restart: bool) -> dict[str, Any]:
-    """Run the job of a world's training on the instance that the page shows: `{ok, run_id, error}`."""
+def train_through_dagster(path: Path, world_id: str, settings: "LoraSettings", **again: bool) -> dict[str, Any]:
+    """Run the job of a world's training on the instance that the page shows: `{ok, run_id, error}`.
+
+    `again` is `resume` or `restart`, as `train` has them.
+    """
     from wg_defs.build import build
     from wg_defs.instance import open_instance
 
     job = build([path]).resolve_job_def(train_name(world_id))
-    asked = {**settings.model_dump(mode="json"), "restart": restart}
+    asked = {**settings.model_dump(mode="json"), **again}
     with open_instance() as instance:
         result = job.execute_in_process(
             instance=instance,

@@ -123,6 +123,21 @@ def test_train_from_the_command_line(at_home: Tiny, calm: dict[str, Any]) -> Non
     assert refused.exit_code == 2 and "is a LoRA world itself" in refused.stderr
 
 
+def test_a_training_that_was_stopped_before_its_world_was_written(at_home: Tiny, calm: dict[str, Any]) -> None:
+    """03 L-6: what was learned is not lost; the same command, or --resume, writes the world and trains nothing again."""
+    file = at_home.root / "worlds" / "calm.yaml"
+    text = file.read_text()
+    for more in (QUICK, ("--resume",)):
+        file.unlink()
+        result = wg("train", "tide", "--name", "calm", *more, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["seconds"] == calm["seconds"] and file.read_text() == text
+    file.unlink()
+    other = wg("train", "tide", "--name", "calm", *QUICK[:-2], "--rank", "2")
+    assert other.exit_code == 2 and "--restart" in other.stderr and not file.exists()
+    file.write_text(text)
+
+
 @pytest.mark.slow
 def test_compare_writes_a_report_and_has_bounds(at_home: Tiny, calm: dict[str, Any]) -> None:
     """03 L-7: held-out loss, valid structures and diversity, both from equal seeds, in files and in MLflow."""
