@@ -56,7 +56,7 @@ def compare(
         found[side] = {"world_id": world.world_id, "config_hash": world.config_hash, **loss_of(world, held_out)}
         say(f"{world.world_id}: free answers")
         found[side]["free"] = free_validity(world, structured[:asked])
-    say(f"{base.world_id} and {lora.world_id}: {steps} steps")
+    say(f"{base.world_id} and {lora.world_id} live from equal seeds, steps of each: {steps}")
     for side, lived in live(dict(zip(SIDES, (base, lora), strict=True)), folder, steps, seed, hooks).items():
         found[side] |= {"lived": lived, "structures": structures(lived), "diversity": diversity(texts_of(lived))}
     return found

@@ -65,7 +65,7 @@ def _share(value: float | None, of: int | None = None) -> str:
 def markdown(report: Mapping[str, Any], wrong: Sequence[str] = ()) -> str:
     """The comparison as markdown; texts that a model wrote stand in quotes."""
     base, lora = report["base"]["world_id"], report["lora"]["world_id"]
-    lines = [f"# {lora} beside {base}", "", f"Equal seeds ({report['seed']}), {report['steps']} steps each.", ""]
+    lines = [f"# {lora} beside {base}", "", f"Equal seeds ({report['seed']}), steps of each: {report['steps']}.", ""]
     lines += [f"**{'Does not pass: ' + '; '.join(wrong) if wrong else 'Passes.'}**", ""]
     lines += [f"| | {base} | {lora} |", "|---|---:|---:|"]
     lines += [f"| {name} | {a} | {b} |" for name, a, b in numbers(report)]
@@ -84,7 +84,7 @@ def html(report: Mapping[str, Any], folder: Path, wrong: Sequence[str] = ()) -> 
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{lora} beside {base}</title><style>{_STYLE}</style><h1>{lora} beside {base}</h1>"
-        f"<p>Equal seeds ({report['seed']}), {report['steps']} steps each.</p>",
+        f"<p>Equal seeds ({report['seed']}), steps of each: {report['steps']}.</p>",
         f'<p class="lack">Does not pass: {escape("; ".join(wrong))}</p>' if wrong else "<p>Passes.</p>",
         f"<table><tr><th></th><th>{base}</th><th>{lora}</th></tr>",
         *(
