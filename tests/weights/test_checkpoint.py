@@ -248,6 +248,22 @@ def test_a_level_is_restored_elsewhere_without_its_references(
         Pipeline.from_config(pipeline.to_config(), registry=registry(), pool=ModelPool()).run({"x": X})
 
 
+@pytest.mark.parametrize(("form", "backend"), FORMATS)
+def test_a_block_that_graphs_share_by_hand_comes_back_as_one(form: str, backend: str, ref: str, tmp_path: Path) -> None:
+    """02 S-13: without a model reference too; equal blocks that were two stay two."""
+    pipeline = shared_pipeline(ref)
+    one, two = (pipeline.nodes[n].child for n in ("one", "two"))
+    two.replace_block("own", one.nodes["own"].child)
+    shaken(pipeline)
+    pipeline.save(tmp_path / "saved", format=form, backend=backend)
+    loaded = Pipeline.load(tmp_path / "saved", registry=registry())
+    one, two = (loaded.nodes[n].child for n in ("one", "two"))
+    assert one.nodes["own"].child is one.nodes["again"].child is two.nodes["own"].child
+    assert one.nodes["memory"].child is not two.nodes["memory"].child
+    assert len(list(loaded.trainable_parameters())) == len(list(pipeline.trainable_parameters()))
+    assert torch.equal(loaded.run({"x": X})["y"], pipeline.run({"x": X})["y"])
+
+
 def test_each_unique_block_is_one_entry_and_the_index_names_all_places(ref: str, tmp_path: Path) -> None:
     pipeline = shared_pipeline(ref)
     pipeline.save_checkpoint(tmp_path / "c")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
@@ -45,6 +45,26 @@ def levels_below(children: Iterable[Any]) -> Iterator[Level[Any]]:
             yield from levels_below(below for _, below in level.parts())
 
 
+def rejoin(paths: Paths, inside: list[Level[Any]], stored: Mapping[str, str]) -> None:
+    """Make those at `paths` one block again that were one when they were stored, by their keys.
+
+    Configuration says this within a graph, and a model reference says it anywhere; between graphs a block without one is
+    known as one by its checkpoint alone.
+    """
+    first: dict[str, Block] = {}
+    for path, block in paths:
+        one = first.setdefault(stored.get(path, path), block)
+        if one is not block and type(one) is type(block) and block.model_ref() is None:
+            _replace(block, one, inside)
+
+
+def _replace(block: Block, by: Block, inside: list[Level[Any]]) -> None:
+    for level in inside:
+        for node_id, node in list(level.nodes.items()):
+            if node.child is block:
+                level.replace_block(node_id, by)
+
+
 def shared_blocks(paths: Paths, inside: list[Level[Any]], on_shared: str) -> Shared:
     """Which blocks at `paths` are held outside the levels `inside`, and with `fork` how copies take their places inside.
 
@@ -60,9 +80,6 @@ def shared_blocks(paths: Paths, inside: list[Level[Any]], on_shared: str) -> Sha
             held[id(block)] = ", ".join(sorted(others))
 
     def fork(block: Block, made: Block) -> None:
-        for level in inside:
-            for node_id, node in list(level.nodes.items()):
-                if node.child is block:
-                    level.replace_block(node_id, made)
+        _replace(block, made, inside)
 
     return Shared(held, fork if on_shared == "fork" else None)

@@ -15,10 +15,10 @@ from wg_core.assembly.roles import WeightAdapter
 from wg_core.assembly.template import default_templates
 from wg_core.errors import CheckpointError
 from wg_core.execution.block import Block, LoadReport
-from wg_core.levels.holders import levels_below, shared_blocks
+from wg_core.levels.holders import levels_below, rejoin, shared_blocks
 from wg_core.levels.saved import Origins, reading, write_saved
 from wg_core.state.canonical import sha256_json
-from wg_core.weights.checkpoint import save_checkpoint
+from wg_core.weights.checkpoint import opened, save_checkpoint
 from wg_core.weights.load import load_checkpoint
 from wg_core.weights.scope import SCOPES, everything, held_by, trained
 
@@ -182,7 +182,7 @@ class Written:
 
         Blocks come from a pool of its own unless one is given, so that no other user of a model is touched; with a pool
         `on_shared` is that of `load_from_checkpoint`. Refs that were kept need `allow_outside_root`. With `verify` the
-        hashes of all files, and that of the contract, are compared.
+        hashes of all files, and that of the contract, are compared. What was one block is one again.
 
         Raises: FileNotFoundError, CheckpointError, ConfigError.
         """
@@ -195,5 +195,7 @@ class Written:
             )
             if verify:
                 saved.check_contract(built)
+            with opened(saved.checkpoint, verify) as store:
+                rejoin(list(built.block_paths()), list(levels_below([built])), store.paths)
             built.load_from_checkpoint(saved.checkpoint, verify=verify, on_shared=on_shared)
             return built
