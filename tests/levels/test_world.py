@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,18 @@ def test_an_older_snapshot_cannot_be_stepped(tmp_path: Path) -> None:
     with pytest.raises(SnapshotConflictError, match="fork"):
         world.step(first, seed=1)
     assert len(world.history()) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"action": b"a storm"}, "an action is a text"), ({"seed": 1.5}, "a seed is a whole number"), ({"seed": True}, "not True")],
+)
+def test_what_is_no_action_or_seed_is_refused(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """03 W-14: by name, before the world is taken."""
+    world = stub(tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        world.step(**given)
+    assert world.history() == [] and world.step(seed=1, action="a storm").step == 0
 
 
 def test_an_unfinished_step_cannot_be_published(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from wg_core.state.content import apply
 from wg_core.state.state import BLOCKS, State
 from wg_core.state.store import Snapshot, StageRecord
 from wg_core.state.upkeep import GRACE_S, Removed
+from wg_core.structure.port import kind_of
 
 _log = logging.getLogger("wg_core.world")
 
@@ -70,9 +71,13 @@ class World(WorldStructure):
         Limits of `budget` (`{calls, tokens, cost}`) replace those of the world's file.
 
         Raises: SnapshotConflictError if `parent` is not the head or another owner holds the world, ConfigError for a
-        world that lacks stages.
+        world that lacks stages, an action that is no text, and a seed that is no whole number.
         """
         self._must_be_whole()
+        if action is not None and not isinstance(cast(Any, action), str):
+            raise ConfigError(f"world {self.world_id!r}: an action is a text, not {kind_of(action)}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(cast(Any, seed), int)):
+            raise ConfigError(f"world {self.world_id!r}: a seed is a whole number, not {seed!r}")
         limits = checked_limits({**cast("dict[str, Any]", self._execution.get("budget") or {}), **(budget or {})})
         owner = owner or default_owner()
         epoch = self.store.acquire(self.world_id, owner)
