@@ -118,11 +118,24 @@ def test_verify_finds_changed_and_lost_files_and_pull_mends_the_loss(store: Mode
     assert store.verify() == [] == store.verify(REF)
     path.write_bytes(b"\1" + WEIGHT[1:])
     assert len(store.verify(REF)) == 1 and "sha256 differs" in store.verify()[0]
+    path.write_bytes(WEIGHT[:1000])
+    assert store.verify(REF) == store.verify() and "1000 bytes instead of" in store.verify()[0]
     path.unlink()
+    assert store.verify(REF) == store.verify() and store.verify()[0].endswith("missing")
     with pytest.raises(MissingModelError, match="wg models pull"):
         store.path(REF)
     assert store.pull(REF).read_bytes() == WEIGHT
     assert store.verify() == []
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"files": {}}', '{"files": {"tiny.bin": 1}}', '{"files": []}'])
+def test_a_damaged_record_is_told_of_and_mended_by_a_pull(record: str, store: ModelStore, pulled: Path) -> None:
+    """03 O-3: no verb of the store trips over it, and `verify` does not say that all is well."""
+    path = had(store, pulled)
+    (path.parent / RECORD).write_text(record)
+    assert store.verify() == store.verify(REF) == [f"{path.parent.name}: its record {RECORD} is damaged; pull it again"]
+    assert not any(row["installed"] for row in store.list())
+    assert store.pull(REF) == path and store.verify() == []
 
 
 def test_leftovers_of_a_killed_pull_are_cleared(store: ModelStore) -> None:

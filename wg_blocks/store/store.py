@@ -98,10 +98,11 @@ class ModelStore:
     def list(self) -> Rows:
         """Every known model, fetched or not, then other stored ones: name, ref, use, licence, installed, bytes, ..."""
         rows: list[dict[str, Any]] = []
-        stored = sorted(p.parent.name for p in self.root.glob(f"*/{RECORD}")) if self.root.is_dir() else []
-        for name in [*catalogue(), *(n for n in stored if n not in catalogue())]:
+        for name in [*catalogue(), *(n for n in self._names() if n not in catalogue())]:
             entry, record = catalogue().get(name, {}), self._record(name)
             source = record or entry
+            if not source:  # no model of the catalogue, and not whole: `verify` tells of it
+                continue
             rows.append(
                 {
                     "name": name,
@@ -120,23 +121,25 @@ class ModelStore:
     def verify(self, ref_or_name: str | None = None, *, progress: Progress | None = None) -> Texts:
         """Read stored files again (of one model, or of all) and return what is wrong with them, in words."""
         if ref_or_name is None:
-            return [
-                problem for row in self.list() if row["installed"] for problem in self._verify(row["name"], progress)
-            ]
+            return [problem for name in self._names() for problem in self._verify(name, progress)]
         folder, ref, _ = self.resolve(ref_or_name)
-        path = self.path(ref_or_name)
-        if ref.scheme != "file":
+        if ref.scheme != "file" and folder in self._names():
             return self._verify(folder, progress)
+        path = self.path(ref_or_name)
         return (
             [f"{path}: sha256 differs from the ref"]
             if ref.sha256 and self.info(ref_or_name)["sha256"] != ref.sha256
             else []
         )
 
+    def _names(self) -> Texts:
+        """Folders of stored models, whole or not."""
+        return sorted(p.parent.name for p in self.root.glob(f"*/{RECORD}")) if self.root.is_dir() else []
+
     def _verify(self, folder: str, progress: Progress | None) -> Texts:
-        record = self._record(folder)
+        record = self._read_record(folder)
         if record is None:
-            return [f"{folder}: its record {RECORD} is missing or damaged; wg models pull {folder}"]
+            return [f"{folder}: its record {RECORD} is damaged; pull it again"]
         problems: list[str] = []
         pinned = catalogue().get(folder, {}).get("sha256")
         if pinned and record["sha256"] != pinned:
@@ -243,13 +246,23 @@ class ModelStore:
 
     def _record(self, folder: str) -> dict[str, Any] | None:
         """The record of a stored model, or None if it is not whole (absent, unreadable, or files gone)."""
+        record = self._read_record(folder)
         home = safe_path(self.root, folder)
         try:
-            record = json.loads((home / RECORD).read_text(encoding="utf-8"))
-            whole = all((home / name).stat().st_size == known["bytes"] for name, known in record["files"].items())
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = all((home / name).stat().st_size == known["bytes"] for name, known in (record or {})["files"].items())
+        except (OSError, KeyError):
             return None
         return record if whole else None
+
+    def _read_record(self, folder: str) -> dict[str, Any] | None:
+        """The record of a stored model, whatever became of its files; None where it cannot be read."""
+        try:
+            record = json.loads((safe_path(self.root, folder) / RECORD).read_text(encoding="utf-8"))
+            good = {"ref", "licence", "sha256", "entry"} <= set(record)
+            good = good and all({"bytes", "sha256"} <= set(known) for known in record["files"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return record if good else None
 
     def _local(self, ref: Ref) -> Path:
         asked = Path(ref.member)
