@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from wg_blocks.json_schema import problems
-from wg_blocks.prompt import Message, context_items
+from wg_blocks.prompt import Message, clean, context_items
 from wg_core import Block, Port
 from wg_core.assembly.roles import Agent
 from wg_core.errors import ConfigError, OutputContractError, StateDictError
@@ -119,13 +119,13 @@ class LLMAgent(Agent):
             self.calls = self.tokens = 0
             self.trail = []
             self.messages += self._unanswered()
-            self.messages += _request(inputs["context"])
+            self.messages += clean(_request(inputs["context"]))
         else:
             self.messages += [self._message(result) for result in results]
             for result in (r for r in results if "error" in r):
                 called = (c for c in reversed(self.trail) if c["call_id"] == result["call_id"])  # ids may come again in later turns
                 for call in islice(called, 1):
-                    call["error"] = str(result["error"])
+                    call["error"] = clean(str(result["error"]))
         self._forget()
         schema = self._schema(inputs.get("schema"))
         asked = self._asked_natively if self.calling == "native" else self._asked
@@ -270,6 +270,7 @@ class LLMAgent(Agent):
             text = f"{name} failed: {result['error']}"
         else:
             text = f"{name} says: {_plain(result.get('result'))}"
+        text = clean(text)
         room = self.limits["result_chars"]
         return text if len(text) <= room else f"{text[:room]}... ({len(text) - room} more characters)"
 
@@ -363,4 +364,7 @@ def _plain(value: Any) -> str:
     """A result as the model reads it: passages one a line, else JSON; what is no JSON value is named by its kind."""
     if isinstance(value, list) and value and all(isinstance(v, Mapping) and isinstance(v.get("text"), str) for v in value):
         return "".join(f"\n- {v['text']}" for v in value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=kind_of)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=kind_of)
+    except (TypeError, ValueError, RecursionError):  # keys that are no texts, or a value that holds itself
+        return kind_of(value)

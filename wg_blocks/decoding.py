@@ -17,6 +17,7 @@ from wg_core.weights.lora import per_row
 PENALTY_WINDOW = 256
 EMIT_EVERY = 8
 MAX_DIGITS = 16  # tokens of digits in a row under a schema, which bounds a number but not its decimal places
+COLDEST = 1e-6  # below this temperature the likeliest token is taken: scores divided by less may be no numbers
 LAST_RESORT = 100.0  # taken off a token's score: below any other, yet possible where a schema leaves no choice
 PIECE = 64  # tokens of a prompt that are computed together, at most
 PREFIX_BYTES = 96 << 20  # of keys and values that one model keeps of earlier prompts
@@ -188,7 +189,7 @@ def _warpers(settings: Settings) -> list[Any]:
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     chain: list[Any] = []
-    if settings.temperature > 0:
+    if settings.temperature >= COLDEST:
         chain.append(TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_p < 1:
         chain.append(TopPLogitsWarper(settings.top_p))
@@ -199,7 +200,7 @@ def _draw(scores: Any, settings: Settings, warpers: Sequence[Any], random: Any) 
     """The next token; the `top_k` are taken first, so that nothing sorts the whole vocabulary."""
     import torch
 
-    if settings.temperature == 0:
+    if settings.temperature < COLDEST:
         return int(scores.argmax())
     values, ids = scores.topk(min(settings.top_k or scores.shape[1], scores.shape[1]))
     for warp in warpers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -17,9 +18,12 @@ _IN_PLACE = ("allOf", "anyOf", "oneOf")
 
 
 def check_schema(schema: Any) -> None:
-    """Raises: ConfigError for what is no JSON schema (2020-12), or refers to anything outside itself."""
+    """Raises: ConfigError for what is no JSON schema (2020-12), refers to what it does not hold, or has a bad pattern."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
 
     if not isinstance(schema, Mapping):
         raise ConfigError(f"a JSON schema is an object, not {type(schema).__name__}")
@@ -28,9 +32,21 @@ def check_schema(schema: Any) -> None:
             Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ConfigError(f"bad JSON schema at {error.json_path}: {error.message[:300]}") from error
-    outside = [ref for ref in _refs(schema) if not ref.startswith("#")]
+    refs = set(_values(schema, "$ref", "$dynamicRef"))
+    outside = sorted(ref for ref in refs if not ref.startswith("#"))
     if outside:
         raise ConfigError(f"JSON schema refers to {outside[0]!r}; only refs inside it ('#/$defs/...') are read")
+    resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+    for ref in sorted(refs):
+        try:
+            resolver.lookup(ref)
+        except Unresolvable:
+            raise ConfigError(f"JSON schema refers to {ref!r}, which it does not hold; define it or take the ref out") from None
+    for pattern in _values(schema, "pattern"):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"JSON schema has the pattern {pattern[:200]!r}, which Python cannot read: {error}") from None
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +86,10 @@ def problems(schema: Mapping[str, Any], value: Any) -> list[str]:
     from jsonschema import Draft202012Validator
 
     errors = Draft202012Validator(schema).iter_errors(value)
-    return [f"{error.json_path}: {error.message[:200]}" for error in islice(errors, 5)]
+    try:
+        return [f"{error.json_path}: {error.message[:200]}" for error in islice(errors, 5)]
+    except RecursionError:
+        return ["$: it is nested too deeply, or the schema refers to itself without end"]
 
 
 def bounded(schema: Any, max_string: int = MAX_STRING, max_items: int = MAX_ITEMS) -> Any:
@@ -143,10 +162,11 @@ def _bound_number(out: dict[str, Any]) -> None:
         out["minimum"] = min(-MAX_NUMBER, (high or 0) - MAX_NUMBER)
 
 
-def _refs(node: Any) -> list[str]:
+def _values(node: Any, *keys: str) -> list[str]:
+    """The texts that stand under these keys, at any depth."""
     if isinstance(node, Mapping):
-        own = [str(v) for k, v in node.items() if k in ("$ref", "$dynamicRef") and isinstance(v, str)]
-        return own + [ref for v in node.values() for ref in _refs(v)]
+        own = [v for k, v in node.items() if k in keys and isinstance(v, str)]
+        return own + [text for v in node.values() for text in _values(v, *keys)]
     if isinstance(node, list):
-        return [ref for v in node for ref in _refs(v)]
+        return [text for v in node for text in _values(v, *keys)]
     return []

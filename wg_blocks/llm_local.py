@@ -522,18 +522,35 @@ class CausalLM(Published):
     def _matcher(self, schema: Mapping[str, Any]) -> Any:
         """A fresh llguidance matcher for a schema. Raises: ConfigError when it cannot be decoded under."""
         try:
-            from llguidance import LLMatcher
-            from llguidance.hf import from_tokenizer
+            from llguidance import LLMatcher, LLTokenizer
         except ImportError as error:
             raise MissingExtraError("a schema needs llguidance: pip install llguidance") from error
         if self._guide is None:
-            self._guide = from_tokenizer(self.tokenizer, n_vocab=self.module.config.vocab_size, eos_token=sorted(self._end_ids()))
+            size, ends = self.module.config.vocab_size, sorted(self._end_ids())
+            self._guide = LLTokenizer(_for_guide(self.tokenizer), n_vocab=size, eos_token=ends)
         form: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(bounded(schema)), None, form)
         matcher = LLMatcher(self._guide, grammar)
         if matcher.is_error():
             raise ConfigError(f"cannot decode under this JSON schema: {matcher.get_error()[:400]}")
         return matcher
+
+
+def _for_guide(tokenizer: Any) -> str:
+    """A tokenizer as llguidance takes it, its control tokens under other names.
+
+    So what a schema makes the model write is text, also where it reads like a control token.
+    """
+    form: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    model, added = form["model"], form["added_tokens"]
+    names = {t["content"]: f"\uf8ff{t['content']}" for t in added if t["special"] and t["content"] != model.get("unk_token")}
+    for token in added:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): number for name, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+    return json.dumps(form)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

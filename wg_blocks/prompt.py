@@ -87,8 +87,9 @@ class Settings:
             if key not in names:
                 raise ConfigError(f"params.{key} is not a setting of this model; {did_you_mean(str(key), names)}")
             if key == "stop":
-                given[key] = value = (value,) if isinstance(value, str) else tuple(value)
-                good = all(isinstance(s, str) and s for s in value)
+                texts = (value,) if isinstance(value, str) else value
+                good = isinstance(texts, (list, tuple)) and all(isinstance(s, str) and s for s in texts)
+                given[key] = tuple(texts) if good else value
             elif key == "whole_sentences":
                 good = isinstance(value, bool)
             elif key == "seed":
@@ -139,7 +140,7 @@ def conversations(inputs: Mapping[str, Any]) -> tuple[list[list[Message]], bool]
                 chat[0] = {"role": "system", "content": f"{system}\n\n{chat[0]['content']}"}
             else:
                 chat.insert(0, {"role": "system", "content": system})
-    return chats, batch
+    return clean(chats), batch
 
 
 def asked(
@@ -154,6 +155,20 @@ def asked(
         "settings": {**how, "stop": list(settings.stop)},
         "seed": seed,
     }
+
+
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def clean(value: Any) -> Any:
+    """Text, or JSON with texts, without what no UTF-8 file can hold: NUL and lone surrogates become U+FFFD."""
+    if isinstance(value, str):
+        return _UNWRITABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [clean(v) for v in value]
+    if isinstance(value, dict):
+        return {clean(k): clean(v) for k, v in value.items()}
+    return value
 
 
 def tally(total: Mapping[str, int] | None = None, more: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -204,7 +219,7 @@ def answers_in_pieces(
     schema = inputs.get("schema")
     if schema is not None:
         check_schema(schema)
-    items = context_items(inputs.get("context"))
+    items = clean(context_items(inputs.get("context")))
     context = current_context()
     seed = settings.seed if settings.seed is not None else context.node_seed()
     usage = tally()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_server import ApiServer, status
+from api_server import ApiServer, chat, status
 from test_api_world import behind, world
 
 from wg_core import Block, Graph, World
@@ -114,3 +114,21 @@ def test_calls_that_fail_count(api: Callable[..., Block], server: ApiServer) -> 
     with pytest.raises(BudgetExceededError, match="2 of the budget of 2 calls"):
         graph_of(api()).run({"prompt": "x"}, budget=budget)
     assert len(server.seen) == 2
+
+
+def test_a_server_that_does_not_count_is_held_to_the_budget(api: Callable[..., Block], server: ApiServer) -> None:
+    """03 W-21: what it took is estimated then, in the ledger too; what is not known is not free."""
+    server.replies.extend([{"json": {"choices": chat("word " * 300)["json"]["choices"]}}] * 9)
+    budget, graph = Budget({"tokens": 2000}), Graph("g")
+    graph.add_node(api(), "llm")
+    graph.expose_input("llm", "prompt", name="prompt")
+    graph.expose_input("llm", "params", name="params")
+    graph.expose_output("llm", "usage", name="usage")
+    with pytest.raises(BudgetExceededError, match="of the budget of 2000 tokens are used"):
+        for _ in range(9):
+            usage = graph.run({"prompt": "hello " * 60, "params": {"max_new_tokens": 500}}, budget=budget)["usage"]
+            assert (usage["prompt_tokens"], usage["completion_tokens"]) == (90, 400)
+    assert len(server.seen) == 3 and budget.spent["tokens"] == 3 * 490
+    server.replies.clear()
+    server.replies.append({"json": {"data": [{"index": 0, "embedding": [1.0]}]}})
+    assert api("embedding/api").run({"input": "one two three"})["usage"]["prompt_tokens"] == 4

@@ -100,3 +100,12 @@ def test_a_kept_answer_holds_no_key_and_costs_no_budget(
     finally:
         FRAME.reset(token)
     assert frame.usage == {}
+
+
+@pytest.mark.parametrize("answer", [None, 5, {"text": "x"}, {"text": "x", "ended": True, "tool_calls": [{"x": 1}]}])
+def test_what_is_no_answer_is_asked_for_anew(answer: Any, api: Callable[..., Block], server: ApiServer, folder: Path) -> None:
+    """03 W-21: a kept file that holds the request, but no answer."""
+    said = api(cache=True).run({"prompt": "x", "params": {"seed": 1}})["text"]
+    (file,) = folder.glob("*/*.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "answer": answer}))
+    assert api(cache=True).run({"prompt": "x", "params": {"seed": 1}})["text"] == said and len(server.seen) == 2

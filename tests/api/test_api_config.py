@@ -115,13 +115,21 @@ def test_urls_that_are_none(url: str) -> None:
         build(model_id="m", endpoint_url=url)
 
 
-def test_a_key_does_not_travel_in_the_clear() -> None:
+def test_a_key_does_not_travel_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     """01 F-33."""
     words: dict[str, Any] = {"model_id": "m", "endpoint_url": "http://models.example.org/v1"}
     build(**words)  # no key, nothing to lose
     build(**words, api_key_env="K", allow_http=True)
     with pytest.raises(ConfigError, match=r"a key would travel in the clear to models\.example\.org"):
         build(**words, api_key_env="K")
+    monkeypatch.setenv("MUSE_URL", "http://models.invalid/v1")
+    monkeypatch.setenv("K", KEY)
+    there: dict[str, Any] = {"model_id": "m", "endpoint_url": "env:MUSE_URL", "max_retries": 0}
+    with pytest.raises(ConfigError, match=r"what MUSE_URL holds: a key would travel in the clear to models\.invalid"):
+        build(**there, api_key_env="K").run({"prompt": "x"})
+    for config in ({}, {"api_key_env": "K", "allow_http": True}):
+        with pytest.raises(ApiResponseError, match="cannot be reached"):
+            build(**there, **config).run({"prompt": "x"})
 
 
 def test_a_missing_key_is_named_at_the_first_call(
@@ -186,6 +194,8 @@ def test_one_block_and_one_client() -> None:
     assert one is get() and one is not other and one is not get(timeout_s=5) and one is not get(reuse=False)
     assert client_for(one.endpoint) is client_for(other.endpoint)
     assert client_for(one.endpoint) is not client_for(get(options={"script": ["a"]}).endpoint)
+    slash, bare = (get(endpoint_url=f"http://127.0.0.1:1/v1{end}").endpoint for end in ("/", ""))
+    assert client_for(slash) is client_for(bare)
     graph = Graph("g")
     for node in ("a", "b"):
         graph.add_node("llm/api", node, config={"provider": "fake", "model_id": "m"}, pool=pool)

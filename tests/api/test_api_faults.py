@@ -39,6 +39,8 @@ BAD_ANSWERS: dict[str, tuple[dict[str, Any], str]] = {
     "deep": ({"raw": b"[" * 100_000}, "no JSON"),
     "a list": ({"json": []}, "a JSON list, not an object"),
     "an error": ({"json": {"error": {"message": "overloaded"}}}, "its answer is an error: overloaded"),
+    "an error in words": ({"json": {"error": "model is loading"}}, "its answer is an error: model is loading"),
+    "an error without words": ({"json": {"error": {"code": 5}}}, r"its answer is an error: \{'code': 5\}"),
     "no choices": ({"json": {"choices": []}}, "no choices"),
     "choices of another kind": ({"json": {"choices": "abc"}}, "no choices"),
     "no message": ({"json": {"choices": [{"finish_reason": "stop"}]}}, "no message"),

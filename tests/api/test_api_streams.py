@@ -172,3 +172,20 @@ def test_the_key_is_in_no_piece(api: Callable[..., Block], server: ApiServer) ->
     pieces, out = read(graph_of(api()), {"prompt": "x"})
     assert "".join(pieces) == out["text"] == f"Key [key] and {KEY[:5]}"
     assert not any(KEY[:7] in piece for piece in pieces)
+
+
+def test_one_answer_is_read_where_several_come(api: Callable[..., Block], server: ApiServer) -> None:
+    """01 T-14: with `n` in extra_body the answers of a stream come mixed; the first one counts, as without a stream."""
+    mixed = [
+        {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": end}]}
+        for index, text, end in ((0, "It ", None), (1, "Elsewhere ", None), (0, "rained.", "stop"), (1, "it snowed.", "stop"))
+    ]
+    server.replies.append(events(*mixed))
+    assert read(graph_of(api(extra_body={"n": 2})), {"prompt": "x"})[1]["text"] == "It rained."
+
+
+def test_an_error_in_a_stream_says_what_the_server_said(api: Callable[..., Block], server: ApiServer) -> None:
+    """01 F-35."""
+    server.replies.append(events(*deltas("It rained.")[:2], {"error": "the model was unloaded"}))
+    with pytest.raises(NodeExecutionError, match="its stream ended in an error: the model was unloaded"):
+        read(graph_of(api()), {"prompt": "x"})

@@ -13,7 +13,7 @@ from tiny_lm import save_tiny_lm
 from wg_blocks.agent_llm import LLMAgent
 from wg_blocks.forecast import forecast
 from wg_blocks.json_schema import problems
-from wg_core import ConfigError, Graph, ModelPool
+from wg_core import Block, ConfigError, Graph, ModelPool, Port
 from wg_core.assembly.registry import BlockRegistry, default_registry
 from wg_core.assembly.roles import LLM
 from wg_core.errors import AgentStepLimitError, NodeExecutionError, OutputContractError, StateDictError
@@ -408,3 +408,31 @@ def test_an_agent_may_be_driven_by_a_model_behind_an_api() -> None:
     llm = {"block_type": "llm/api", "config": {"provider": "fake", "model_id": "m"}}
     graph = agent_graph(tools=["tool/calc"], llm=llm, max_calls=2, pool=ModelPool())
     assert isinstance(graph.run({"prompt": "hi"}, seed=3)["response"], str)
+
+
+class Odd(Block):
+    """Gives what is no JSON, or no UTF-8."""
+
+    ports = (Port("kind", "in", "text"), Port("result", "out", "any"))
+
+    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        ring: list[Any] = []
+        ring.append(ring)
+        if inputs["kind"] == "error":
+            raise ValueError("half a \ud800 letter")
+        return {"result": {"ring": ring, "keys": {(1, 2): 3}, "half": "a \ud800 letter"}[inputs["kind"]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("ring", "says: list"), ("keys", "says: dict"), ("half", "says: a \ufffd letter"), ("error", "failed: ValueError: half a \ufffd letter")],
+)
+def test_a_result_of_any_kind_is_told_and_can_be_saved(kind: str, told: str, tmp_path: Path) -> None:
+    """01 F-41, F-42, 02 G-49."""
+    graph = agent_graph({"tool": "odd", "arguments": {"kind": kind}}, DONE, tools=())
+    graph.add_node(Odd(), "odd")
+    graph.add_tool("odd", "odd")
+    assert asked(graph, "look \ud800")[0] == "It is 42."
+    request, _, result, _ = agent_of(graph).messages
+    assert request["content"] == "look \ufffd" and told in result["content"]
+    json.dumps(agent_of(graph).own_state_dict(), ensure_ascii=False).encode()

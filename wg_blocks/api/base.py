@@ -22,7 +22,6 @@ from wg_core.errors import ConfigError
 T = TypeVar("T")
 
 _ENV = r"^[A-Z_][A-Z0-9_]{0,127}$"  # capitals only: a key that was put here by mistake does not pass for a name
-_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Prices(BaseModel):
@@ -124,8 +123,9 @@ class ApiBlock(Block):
         name = name or "openai"
         providers.check(name)
         self.endpoint = Endpoint(
-            name, api.endpoint_url, api.api_key_env, json.dumps(api.options, sort_keys=True), api.proxy_from_env
-        )
+            name, api.endpoint_url.rstrip("/") if api.endpoint_url is not None else None, api.api_key_env,
+            json.dumps(api.options, sort_keys=True), api.proxy_from_env, api.allow_http,
+        )  # fmt: skip
         self.limits = Limits(api.timeout_s, api.max_retries, api.max_concurrent_requests, api.max_response_bytes)
         self.model = f"{name}/{api.model_id}"
         self._where = {
@@ -147,9 +147,9 @@ class ApiBlock(Block):
         request: dict[str, Any] = {}
         if self._cache is not None:
             request = {**self._where, "endpoint": self.endpoint.address("own"), **asking.request}
-        kept = self._cache.get(request) if self._cache is not None else None
+        kept = self._cache.get(request, asking.of_json) if self._cache is not None else None
         if kept is not None:
-            answer = asking.of_json(kept)
+            answer = kept
             self._tell(asking, answer, 0.0, {"prompt_tokens": 0, "completion_tokens": 0}, cached=True)
             return answer, {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
         most = self.cost(asking.prompt_tokens, asking.completion_tokens)
@@ -189,17 +189,6 @@ class ApiBlock(Block):
             "model_call", model=self.model, request=dict(asking.shown), answer=asking.show(answer), seconds=seconds,
             **counts, **more,
         )  # fmt: skip
-
-
-def clean(value: Any) -> Any:
-    """Text, or JSON with texts, without what no UTF-8 file can hold: NUL and lone surrogates become U+FFFD."""
-    if isinstance(value, str):
-        return _UNWRITABLE.sub("\ufffd", value)
-    if isinstance(value, list):
-        return [clean(v) for v in value]
-    if isinstance(value, dict):
-        return {clean(k): clean(v) for k, v in value.items()}
-    return value
 
 
 def no_number(name: str) -> None:

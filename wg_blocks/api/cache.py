@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wg_core.state.files import write_file
 from wg_core.state.home import home
@@ -15,6 +15,8 @@ from wg_core.state.home import home
 _log = logging.getLogger("wg_blocks.api")
 
 FOLDER = "api_cache"
+
+T = TypeVar("T")
 
 
 class ResponseCache:
@@ -27,13 +29,13 @@ class ResponseCache:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else home() / FOLDER
 
-    def get(self, request: Mapping[str, Any]) -> Any:
-        """The kept answer, None where there is none."""
+    def get(self, request: Mapping[str, Any], read: Callable[[Any], T]) -> T | None:
+        """The kept answer as `read` makes it of JSON, None where there is none."""
         path = self._path(request)
         try:
             kept = json.loads(path.read_bytes())
             if kept["request"] == json.loads(_text(request)):
-                return kept["answer"]
+                return read(kept["answer"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):

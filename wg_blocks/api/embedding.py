@@ -93,12 +93,13 @@ class ApiEmbedding(ApiBlock):
         texts = [v for v in items if isinstance(v, str)]
         wire = self._wire(items)
         settings = {"dimensions": self.api.dimensions} if self.api.dimensions is not None else {}
+        estimated = sum(map(estimate, texts))
         asking = Asking[tuple[list[Any], int]](
             request={"texts": wire, **settings},
             shown={"texts": len(texts), "images": len(items) - len(texts), **settings},
-            prompt_tokens=sum(map(estimate, texts)),
+            prompt_tokens=estimated,
             completion_tokens=0,
-            tokens=lambda answer: (answer[1], 0),
+            tokens=lambda answer: (answer[1] or estimated, 0),  # not every server counts
             show=lambda answer: f"{len(answer[0])} vectors",
             to_json=list,
             of_json=tuple,

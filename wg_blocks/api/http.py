@@ -161,13 +161,13 @@ class HttpProvider:
                 why = f"{type(cause).__name__}: {cause}" if cause is not None else "no reason given"
                 failure = self._wrong(f"it cannot be reached or broke off ({why}); see that it runs", again=True)
         except sdk.APIError as error:
-            failure = self._event_error(error.body if isinstance(error.body, dict) else {"message": error.message})
+            failure = self._event_error(error.body or {"message": error.message})
         raise failure from None
 
     def _event_error(self, body: Any) -> Fault:
         """What an error in the middle of a stream means."""
-        error = body.get("error", body) if isinstance(body, Mapping) else {}
-        said = str(error.get("message") if isinstance(error, Mapping) else body)[:500]
+        error = body.get("error", body) if isinstance(body, Mapping) else body
+        said = str(error.get("message") if isinstance(error, Mapping) else error)[:500]
         busy = isinstance(error, Mapping) and "overloaded" in f"{error.get('type')} {error.get('code')}"
         return self._wrong(f"its stream ended in an error: {said}", again=busy)
 
@@ -182,8 +182,9 @@ class HttpProvider:
             raise self._wrong(f"it answers {kind} that is no JSON ({error}): {self._shown(response)}") from None
         if not isinstance(answer, dict):
             self.wrong(f"its answer is a JSON {type(answer).__name__}, not an object")
-        if isinstance(answer.get("error"), dict):
-            self.wrong(f"its answer is an error: {str(answer['error'].get('message'))[:500]}")
+        if error := answer.get("error"):
+            said = error.get("message") if isinstance(error, dict) else error
+            self.wrong(f"its answer is an error: {str(said or error)[:500]}")
         return answer
 
     def _status(self, response: httpx2.Response) -> Fault:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
-from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, ChatConfig, clean, estimate, no_number, sha
+from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, ChatConfig, estimate, no_number, sha
 from wg_blocks.api.providers import Chat, Provider, Tell, Text, ToolCall
 from wg_blocks.api.strict import strict_form, without_nulls
 from wg_blocks.api.tool_calls import CHOICES, ERRORS, TOOL_PORTS, checked_tools, one_of, read_calls
@@ -20,6 +20,7 @@ from wg_blocks.prompt import (
     Message,
     Settings,
     answers_in_pieces,
+    clean,
     conversations,
     pack,
     whole_sentences,
@@ -201,12 +202,19 @@ def _request(asking: Chat, schema: Any) -> Asking[Text]:
     shown = {"messages": [dict(m) for m in asking.messages], "schema": schema, "settings": asking.settings}
     shown |= {"tools": list(asking.tools), "tool_choice": asking.tool_choice} if asking.tools else {}
     offered = json.dumps([asking.form, list(asking.tools)]) if asking.form or asking.tools else ""
+    prompt = sum(estimate(str(m["content"])) for m in asking.messages) + estimate(offered)
+
+    def tokens(answer: Text) -> tuple[int, int]:
+        """As the server counted them; where it did not, as they are estimated: what is not known is not free."""
+        written = (answer.text, *(call.arguments for call in answer.tool_calls))
+        return answer.prompt_tokens or prompt, answer.completion_tokens or sum(map(estimate, written))
+
     return Asking(
         request={**shown, "seed": asking.seed, "form": asking.form, "images": [sha(i) for i in asking.images]},
         shown=shown,
-        prompt_tokens=sum(estimate(str(m["content"])) for m in asking.messages) + estimate(offered),
+        prompt_tokens=prompt,
         completion_tokens=next((v for k, v in asking.settings.items() if k in _LIMITS), 0),
-        tokens=lambda answer: (answer.prompt_tokens, answer.completion_tokens),
+        tokens=tokens,
         show=lambda answer: clean(answer.text),
         to_json=asdict,
         of_json=lambda kept: Text(**{**kept, "tool_calls": tuple(ToolCall(**c) for c in kept["tool_calls"])}),

@@ -119,6 +119,8 @@ async def stream(provider: HttpProvider, chat: Chat, tell: Tell) -> Text:
                 delta = choice.get("delta") if isinstance(choice, Mapping) else None
                 if not isinstance(delta, Mapping):
                     provider.wrong("an event of its stream has no delta")
+                if choice.get("index"):  # another answer to the same chat, asked for by extra_body
+                    continue
                 if isinstance(delta.get("content"), str):
                     await told.add(delta["content"])
                 refusal += str(delta.get("refusal") or "")

@@ -24,7 +24,8 @@ _log = logging.getLogger("wg_blocks.api")
 class Endpoint:
     """Where calls go and which environment variable holds the key: equal endpoints share one client.
 
-    `url` may be `env:NAME`; None is the provider's own address. `options` is the provider's own, as JSON text.
+    `url` may be `env:NAME`; None is the provider's own address. `options` is the provider's own, as JSON text. With
+    `allow_http` a key may travel in the clear to an address that `env:NAME` gives.
     """
 
     provider: str
@@ -32,6 +33,7 @@ class Endpoint:
     api_key_env: str | None = None
     options: str = "{}"
     proxy_from_env: bool = False
+    allow_http: bool = False
 
     def address(self, default: str) -> str:
         """The URL that calls go to. Raises: ConfigError for one that cannot be used, without showing it."""
@@ -43,7 +45,7 @@ class Endpoint:
                 raise ConfigError(
                     f"{self.provider}: the environment variable {name} is to hold endpoint_url; it is not set"
                 )
-            check_url(url, "its value", allow_http=True)
+            check_url(url, f"what {name} holds", allow_http=self.allow_http or self.api_key_env is None)
         return url.rstrip("/")
 
     def key(self, default_env: str | None = None) -> str | None:

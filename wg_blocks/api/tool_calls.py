@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wg_blocks.api.base import clean, no_number
+from wg_blocks.api.base import no_number
 from wg_blocks.api.providers import ToolCall
 from wg_blocks.json_schema import check_schema, problems
+from wg_blocks.prompt import clean
 from wg_core import Port
 from wg_core.errors import PortValueError, did_you_mean
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, clean, sha
+from wg_blocks.api.base import ApiBlock, ApiConfig, Asking, sha
 from wg_blocks.api.providers import Hear, Provider, Text
 from wg_blocks.api.sound import wav_of
+from wg_blocks.prompt import clean
 from wg_core import current_context
 from wg_core.assembly.roles import Transcription
 from wg_core.execution.context import drained
