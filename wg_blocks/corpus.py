@@ -7,6 +7,7 @@ the one before it in its section, and a section is held out or not as a whole, s
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from wg_core.errors import ConfigError, MissingExtraError
 
 WORDS = 70
 """Words of a passage, about; it ends with a paragraph where that makes it at least two thirds of this."""
+
+LETTERS = 6
+"""Letters of a word, about, with the space after it."""
 
 SECTION = 5
 """Passages of a section."""
@@ -28,7 +32,7 @@ FIRST = "Begin to tell{about}."
 NEXT = "So far{about}:\n{before}\nGo on."
 
 _BLANK = re.compile(r"\n\s*\n")
-_SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"')\u201d\u2019])\s+")
+_SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"')\u201d\u2019])\s+|(?<=[。！？])")  # noqa: RUF001
 
 
 def from_text(file: Path, *, world_id: str, path: str) -> Iterator[Row]:
@@ -66,14 +70,17 @@ def from_wiki(file: Path, *, world_id: str, path: str) -> Iterator[Row]:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Pieces of `text` of about `WORDS` words, each of whole sentences; a last piece under a third of that is left out."""
+    """Pieces of `text` of about `WORDS` words, each of whole sentences; a last piece under a third of that is left out.
+
+    What has no end of a sentence for long (a list, a table) is cut; letters without spaces count as words of `LETTERS`.
+    """
     piece: list[str] = []
     size = 0
     for paragraph in _BLANK.split(text.replace("\r\n", "\n")):
         if paragraph.lstrip().startswith("#"):
             continue
-        for sentence in _SENTENCE.split(" ".join(paragraph.split())):
-            words = len(sentence.split())
+        for sentence in _sentences(" ".join(paragraph.split())):
+            words = _words(sentence)
             if piece and size + words > WORDS * 3 // 2:
                 yield " ".join(piece)
                 piece, size = [], 0
@@ -85,6 +92,18 @@ def passages(text: str) -> Iterator[str]:
             piece, size = [], 0
     if size * 3 >= WORDS:
         yield " ".join(piece)
+
+
+def _sentences(paragraph: str) -> Iterator[str]:
+    for sentence in _SENTENCE.split(paragraph):
+        if _words(sentence) > 4 * WORDS:
+            yield from textwrap.wrap(sentence, WORDS * LETTERS)
+        else:
+            yield sentence
+
+
+def _words(text: str) -> int:
+    return max(len(text.split()), len(text) // (2 * LETTERS))
 
 
 def _rows(found: list[str], about: str, number: int, world_id: str, path: str) -> Iterator[Row]:
@@ -168,15 +187,26 @@ def plain_text(wikitext: str) -> str:
     """The prose of a page: without templates, tables, references, files and headings."""
     try:
         import mwparserfromhell
-        from mwparserfromhell.nodes import Heading, Tag, Wikilink
     except ImportError as error:
         raise MissingExtraError(
             "a wiki export needs the extra 'wiki': pip install 'generative-worlds[wiki]'"
         ) from error
     code = mwparserfromhell.parse(wikitext)
-    for node in list(code.nodes):
-        if isinstance(node, Heading):
-            code.replace(node, "\n\n")
-        elif (isinstance(node, Tag) and str(node.tag).strip().lower() in _UNREAD) or (isinstance(node, Wikilink) and _DROPPED.match(str(node.title))):
-            code.remove(node)
+    _leave_out(code)
     return str(code.strip_code(normalize=True, collapse=True))
+
+
+def _leave_out(code: Any) -> None:
+    """Take out what is no prose, also what stands in emphasis and lists; a heading parts paragraphs."""
+    from mwparserfromhell.nodes import Heading, Tag, Text, Wikilink
+
+    kept: list[Any] = []
+    for node in code.nodes:
+        if isinstance(node, Heading):
+            kept.append(Text("\n\n"))
+        elif isinstance(node, Tag) and str(node.tag).strip().lower() not in _UNREAD:
+            _leave_out(node.contents)
+            kept.append(node)
+        elif not (isinstance(node, Tag) or (isinstance(node, Wikilink) and _DROPPED.match(str(node.title)))):
+            kept.append(node)
+    code.nodes = kept

@@ -77,7 +77,7 @@ class Examples:
     def load(cls, file: Path) -> Examples:
         """Read what `save` wrote. Raises: ConfigError naming the line."""
         rows: list[Row] = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):  # of bytes: a text may hold other line ends
             try:
                 row = json.loads(line)
             except ValueError as error:

@@ -62,9 +62,12 @@ def test_empty_repeated_and_near_equal_rows_are_left_out() -> None:
 
 
 def test_a_table_is_read_again_as_it_was(tmp_path: Path) -> None:
+    """03 L-5."""
     made = table()
     file = made.save(tmp_path / "examples.jsonl")
     assert Examples.load(file).rows == made.rows and Examples.load(file).hash == made.hash
+    odd = Examples([{**made.rows[0], "answer": "The lamp\u2028is lit\x85at\x1cdusk."}])  # line ends of other kinds
+    assert Examples.load(odd.save(tmp_path / "odd.jsonl")).rows == odd.rows
     file.write_text(file.read_text() + "[1]\n")
     with pytest.raises(ConfigError, match=r"examples\.jsonl:11: a row is an object, not list"):
         Examples.load(file)
@@ -150,6 +153,18 @@ def test_a_short_text_and_a_quote_at_the_end_of_a_sentence() -> None:
     assert " ".join(passages(text)) == text
 
 
+def test_a_text_without_ends_of_sentences_is_cut() -> None:
+    """03 L-5: a list, verse without stops, and letters without spaces give passages too, with nothing lost."""
+    words = " ".join(f"line{n}" for n in range(2000))
+    signs = "".join(chr(0x4E00 + n) for n in range(6000))
+    stopped = "".join(f"{signs[n : n + 60]}。" for n in range(0, 6000, 60))
+    for text in (words, signs, stopped):
+        found = list(passages(text))
+        assert len(found) > 3 and all(len(piece) < 1500 for piece in found)
+        assert text.replace(" ", "").startswith("".join(found).replace(" ", ""))
+    assert len(list(passages(words))) > 20
+
+
 EXPORT = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11">
  <siteinfo><sitename>Trial</sitename></siteinfo>
  <page><title>The Pier</title><ns>0</ns><id>1</id><revision><id>9</id><text>old text</text></revision>
@@ -178,6 +193,8 @@ def test_a_wiki_export_becomes_rows_of_its_articles(tmp_path: Path) -> None:
         assert wrong not in told
     assert rows[0]["messages"][0]["content"] == "Begin to tell of The Pier."
     assert plain_text("a {{b|{{c}}}} [http://x y] ''d''").split() == ["a", "y", "d"]
+    nested = "'''a<ref>no</ref>'''\n* b ''c<ref name=x>{{no}}</ref>'' <div>[[File:no.png|no]] d</div><br/> <ref name=x/>e"
+    assert plain_text(nested).split() == ["a", "b", "c", "d", "e"]
 
 
 def test_an_export_cannot_do_harm(tmp_path: Path) -> None:
