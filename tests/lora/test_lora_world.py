@@ -189,6 +189,8 @@ def test_sets_are_swapped_combined_and_deleted_while_the_model_stays(base: World
         world.add_weighted_adapter(["soft", "late"], [1, 1], "x")
     with pytest.raises(AdapterError, match="one weight for each"):
         world.add_weighted_adapter(["soft"], [1, 1], "x")
+    with pytest.raises(AdapterError, match="finite numbers"):
+        world.add_weighted_adapter(["soft"], [float("nan")], "x")
 
 
 def test_a_world_that_is_gone_leaves_nothing_on_the_base(base: World) -> None:

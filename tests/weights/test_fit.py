@@ -115,7 +115,8 @@ def test_nothing_to_learn() -> None:
         fit([("w", w)], PAIRS, lambda batch: w.expand(2), TrainingConfig())
 
 
-def test_what_is_not_finite_is_named() -> None:
+def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
+    """02 T-10: also what the very last update spoilt, which is never kept as a state to go on from."""
     w, loss = line(float("nan"))
     with pytest.raises(NotFiniteError, match=r"step 0: the loss is nan on examples \[\d\]; a/b:w is the first"):
         fit([("a/b:w", w)], PAIRS, loss, TrainingConfig())
@@ -125,6 +126,11 @@ def test_what_is_not_finite_is_named() -> None:
     w, loss = line()
     with pytest.raises(NotFiniteError, match=r"held-out loss is inf; the parameters themselves are finite"):
         fit([("w", w)], PAIRS, loss, TrainingConfig(), held_out=[(1e300, 1.0)])
+    w, loss = line()
+    config = TrainingConfig(optimizer="sgd", lr=1e308, steps=1, batch_size=4)
+    with pytest.raises(NotFiniteError, match="step 1: a/b:w is not finite after the update; lower lr"):
+        fit([("a/b:w", w)], PAIRS, loss, config, folder=tmp_path)
+    assert not (tmp_path / "training_state" / "state.json").exists()
 
 
 def test_it_stops_when_the_held_out_loss_no_longer_falls_and_keeps_the_best() -> None:

@@ -9,7 +9,7 @@ import torch
 from nets import PORTS, Linear, chain
 
 from wg_core import Block, BlockRegistry, Graph, World
-from wg_core.errors import NothingTrainableError, ValidationError
+from wg_core.errors import ConfigError, NothingTrainableError, ValidationError
 from wg_core.execution.node import LoopSpec
 from wg_core.weights.fit import Binding, TrainingConfig
 from wg_core.weights.module import ModuleBlock
@@ -145,3 +145,9 @@ def test_a_world_writes_down_which_stages_learn() -> None:
     again = World.from_config(config)
     assert [n for n, node in again.places().items() if not node.trainable] == ["author"]
     assert again.to_config() == config
+
+
+def test_an_example_of_another_form_is_refused() -> None:
+    """02 T-6: a bound loss says what it takes."""
+    with pytest.raises(ConfigError, match="an example for a bound loss is"):
+        looped(None).fit([{"x": torch.tensor(3.0)}], TrainingConfig(steps=1, loss=LOSS))

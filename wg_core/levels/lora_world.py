@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shutil
 import weakref
@@ -159,6 +160,8 @@ class LoraWorld(World):
         """
         if not adapters or len(adapters) != len(weights):
             raise AdapterError(f"{len(adapters)} adapter sets and {len(weights)} weights; give one weight for each set")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise AdapterError(f"the weights of adapter sets are finite numbers, not {list(weights)}")
         places: dict[str, Spot] = {}
         for name in adapters:
             for spot in self._spots[self._known(name)]:

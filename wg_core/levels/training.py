@@ -320,6 +320,8 @@ def bound_loss(level: Trained, config: TrainingConfig) -> Callable[[Sequence[Map
 
         losses: list[Any] = []
         for example in batch:
+            if not isinstance(cast(Any, example), Mapping) or "inputs" not in example:
+                raise ConfigError('an example for a bound loss is {"inputs": {...}, "targets": {...}}; give a loss to learn from others')
             seed = int(torch.randint(2**62, ()))
             values = level.rehearse(
                 example["inputs"], training=learning(), seed=seed, guard_nan=True, capture=capture

@@ -205,7 +205,7 @@ class _Training:
             value = p.grad if gradients else p
             if value is not None and not bool(value.isfinite().all()):
                 return f"{'the gradient of ' if gradients else ''}{name} is the first that is not; lower lr, or set clip_norm"
-        return "the parameters themselves are finite, so look at the inputs; a bound loss names the port"
+        return "the parameters themselves are finite: look at inputs and targets, or lower lr; a bound loss names the port"
 
     def tell(self, kind: str, **data: Any) -> None:
         base = {"step": self.result.steps, "of": self.config.steps, "loss": self.result.loss}
@@ -236,8 +236,12 @@ class _Training:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
+        """Keep the state where there is a folder. Raises: NotFiniteError for parameters that the last update spoilt."""
         import torch
 
+        for name, p in self.named.items():
+            if not bool(p.isfinite().all()):
+                raise NotFiniteError(f"step {self.result.steps}: {name} is not finite after the update; lower lr, or set clip_norm")
         if self.folder is None:
             return
         now: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.named.items()}
