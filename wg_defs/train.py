@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,20 +53,32 @@ def collect_examples(
 ) -> tuple["Examples", Path, list["Check"]]:
     """The examples of a training, the file that keeps them, and their checks; made once, at its first begin.
 
-    Raises: ConfigError for too few.
+    New ones that do not pass are not kept, so that the next training reads its sources again. Raises: ConfigError for
+    too few, and for targets that are no part of the base.
     """
     from wg_blocks.examples import Examples
-    from wg_blocks.examples_check import checks, must_suffice
-    from wg_blocks.lora_training import LEAST, gather, more_examples
+    from wg_blocks.examples_check import checks
 
     file = training_folder(base.world_id, settings.name, root) / EXAMPLES
-    examples = Examples.load(file) if file.is_file() else gather(base, settings)
-    must_suffice(examples, LEAST, more_examples(base.world_id, settings))
-    if not file.is_file():
+    known = file.is_file()
+    examples = Examples.load(file) if known else _fresh(base, settings)
+    found = checks(examples)
+    if not known and all(check.passed for check in found):
         kept = {"settings": settings.model_dump(mode="json"), "base_hash": base.config_hash}
         write_file(file.parent / SETTINGS, json.dumps(kept, indent=1).encode())
         examples.save(file)
-    return examples, file, checks(examples)
+    return examples, file, found
+
+
+def _fresh(base: "World", settings: "LoraSettings") -> "Examples":
+    """New examples, enough of them, for adapters that the base has a place for."""
+    from wg_blocks.examples_check import must_suffice
+    from wg_blocks.lora_training import LEAST, gather, more_examples
+
+    examples = gather(base, settings)
+    must_suffice(examples, LEAST, more_examples(base.world_id, settings))
+    untrained(base, settings).close()
+    return examples
 
 
 def train(
@@ -89,19 +102,30 @@ def train(
     Raises: ConfigError for settings that differ from those of the interrupted training, one that runs elsewhere, an id
     that is taken, too few or wrong examples; and what `fit` raises.
     """
+    with alone(base_of(file).world_id, settings.name, root) as folder:
+        base, settings = begin(file, settings, root, resume=resume, restart=restart)
+        if (folder / RESULT).is_file():  # it was stopped between its end and `publish`
+            say("it is trained already")
+            return result_of(base.world_id, settings.name, root)
+        return _train(base, settings, folder, tracker, tags or {}, hooks, say)
+
+
+@contextmanager
+def alone(world_id: str, name: str, root: Path | None = None) -> Iterator[Path]:
+    """The folder of a training, which no other process changes meanwhile. Raises: ConfigError where one works in it."""
     from filelock import FileLock, Timeout
 
-    folder = training_folder(base_of(file).world_id, settings.name, root)
+    folder = training_folder(world_id, name, root)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock", timeout=0)
     try:
-        with FileLock(f"{folder}.lock", timeout=0):
-            base, settings = begin(file, settings, root, resume=resume, restart=restart)
-            if (folder / RESULT).is_file():  # it was stopped between its end and `publish`
-                say("it is trained already")
-                return result_of(base.world_id, settings.name, root)
-            return _train(base, settings, folder, tracker, tags or {}, hooks, say)
+        lock.acquire()
     except Timeout:
-        raise ConfigError(f"{settings.name!r} is being trained by another process; wait for it, or stop it") from None
+        raise ConfigError(f"{name!r} is being trained by another process; wait for it, or stop it") from None
+    try:
+        yield folder
+    finally:
+        lock.release()
 
 
 def base_of(file: Path) -> "World":
@@ -122,24 +146,28 @@ def begin(
 ) -> tuple["World", "LoraSettings"]:
     """The base of a training, and its settings as they were kept at its first begin; `restart` forgets all of it.
 
-    Raises: ConfigError as `train`.
+    What is to be forgotten stays where the new training has no examples. Raises: ConfigError as `train`.
     """
-    from wg_core.levels.lora_world import LoraWorld
-    from wg_core.levels.world import World
-
     base, target = base_of(file), lora_file(file, settings.name)
     folder = training_folder(base.world_id, settings.name, root)
-    if target.exists() and restart:
-        world = World.from_yaml(target)
-        if isinstance(world, LoraWorld) and world.base.world_id == base.world_id:
-            target.unlink()
-    if target.exists():
-        raise ConfigError(
-            f"{target} exists already; choose another --name, or train that LoRA world anew with --restart"
-        )
+    if target.exists() and not (restart and _stands_on(target, base.world_id)):
+        again = "" if restart else ", or train that LoRA world anew with --restart"
+        raise ConfigError(f"{target} exists already; choose another --name{again}")
     if restart:
+        _fresh(base, settings)
+        target.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
     return base, _agreed(folder, base, settings, resume)
+
+
+def _stands_on(file: Path, world_id: str) -> bool:
+    """Whether a file is a LoRA world on this base, also on one that has changed since."""
+    from wg_core.assembly.loader import read
+
+    try:
+        return read(file).data["execution"]["base"]["world"]["world_id"] == world_id
+    except (KeyError, TypeError):
+        return False
 
 
 def _learned_from(base: "World", settings: "LoraSettings", span: Sequence[int]) -> list[str]:
@@ -162,6 +190,12 @@ def _train(
     started = time.monotonic()
     say("loading the base")
     lora = untrained(base, settings)
+    if not lora.trainable_parameters():
+        shutil.rmtree(folder)
+        raise ConfigError(
+            f"modules: no layer of the blocks to adapt matches {', '.join(settings.modules)}; take all-linear, or a glob "
+            "such as '*q_proj'"
+        )
     config = _config(folder, lambda: training_config(lora, settings, examples))
     report = lora.adapter_report()
     rows = sorted(examples.split("held_out"), key=lambda row: (row["path"], len(row["answer"])))
@@ -380,6 +414,8 @@ def main() -> None:
         except WGError as error:
             Path(request["failed"]).write_text(str(error), encoding="utf-8")
             sys.exit(3)
+        except KeyboardInterrupt:  # Dagster was stopped, and says so itself
+            sys.exit(130)
         losses = made["held_out_loss"]
         shown = {
             "held_out_loss": losses["lora"],

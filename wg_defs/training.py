@@ -92,13 +92,13 @@ def _examples(file: WorldFile, root: Path, key: dg.AssetKey) -> dg.AssetsDefinit
     )  # fmt: skip
     def training_examples(context: dg.AssetExecutionContext, config: Training):
         from wg_blocks.examples_check import in_words
-        from wg_defs.train import begin, collect_examples
+        from wg_defs.train import alone, begin, collect_examples
 
         with failures(context.op_execution_context):
-            base, settings = begin(
-                Path(file.path), config.settings(file.world_id), root, resume=config.resume, restart=config.restart
-            )
-            examples, table, checks = collect_examples(base, settings, root)
+            settings = config.settings(file.world_id)
+            with alone(file.world_id, settings.name, root):
+                base, settings = begin(Path(file.path), settings, root, resume=config.resume, restart=config.restart)
+                examples, table, checks = collect_examples(base, settings, root)
         summary = examples.summary()
         results = [
             dg.AssetCheckResult(
@@ -114,7 +114,7 @@ def _examples(file: WorldFile, root: Path, key: dg.AssetKey) -> dg.AssetsDefinit
         return dg.MaterializeResult(
             value={"settings": settings.model_dump(mode="json"), "summary": summary},
             metadata={
-                **shown, "table": dg.MetadataValue.path(str(table)), "stages": dg.MetadataValue.json(summary["stages"]),
+                **shown, **({"table": dg.MetadataValue.path(str(table))} if table.is_file() else {}), "stages": dg.MetadataValue.json(summary["stages"]),
                 "left_out": dg.MetadataValue.json(summary["left_out"]), "first_row": _as_json(examples.rows[0]),
             },
             data_version=dg.DataVersion(summary["hash"]),
@@ -150,7 +150,7 @@ def _adapter(file: WorldFile, root: Path, key: dg.AssetKey, examples_key: dg.Ass
                 reported = pipes.run(
                     context=context.op_execution_context, command=command, extras={"request": request}
                 ).get_materialize_result()
-            except dg.DagsterPipesExecutionError:
+            except Exception:  # Pipes' own is not public; what the process said, if it did, is the reason
                 if failed.is_file():
                     raise dg.Failure(failed.read_text(encoding="utf-8"), allow_retries=False) from None
                 raise
@@ -255,7 +255,8 @@ def train_job(file: WorldFile, assets: list[dg.AssetsDefinition]) -> dg.JobDefin
 def train_through_dagster(path: Path, world_id: str, settings: "LoraSettings", **again: bool) -> dict[str, Any]:
     """Run the job of a world's training on the instance that the page shows: `{ok, run_id, error}`.
 
-    `again` is `resume` or `restart`, as `train` has them.
+    `again` is `resume` or `restart`, as `train` has them. Raises: KeyboardInterrupt, with the way to go on, where the run
+    was interrupted.
     """
     from wg_defs.build import build
     from wg_defs.instance import open_instance
@@ -267,21 +268,41 @@ def train_through_dagster(path: Path, world_id: str, settings: "LoraSettings", *
             instance=instance,
             run_config={
                 "ops": {f"{world_id}__training_examples": {"config": asked}},
-                "loggers": {"console": {"config": {"log_level": "WARNING"}}},
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
             raise_on_error=False,
         )
     failed = next((event for event in result.all_events if event.is_step_failure), None)
     broken = [
-        f"{e.asset_key.to_user_string()}: {e.check_name}" for e in result.get_asset_check_evaluations() if not e.passed
+        f"{e.asset_key.to_user_string()}: {e.check_name}{_wrong(e)}"
+        for e in result.get_asset_check_evaluations()
+        if not e.passed
     ]
     error = f"checks failed: {', '.join(broken)}" if broken else ""
     if failed is not None and not error:
         said, raised = failed.step_failure_data.user_failure_data, failed.step_failure_data.error
+        if _interrupted(raised):
+            raise KeyboardInterrupt(
+                "interrupted; what was learned is kept, go on with: "
+                f"wg train {world_id} --name {settings.name} --resume --dagster"
+            )
         error = (
             said.description if said and said.description else raised.message if raised else "the run failed"
         ).strip()
     return {"ok": result.success and not broken, "run_id": result.run_id, "error": error}
+
+
+def _wrong(evaluation: dg.AssetCheckEvaluation) -> str:
+    """What a failed check says is wrong: rows of the examples, or bounds."""
+    said = evaluation.metadata.get("rows") or evaluation.metadata.get("wrong")
+    return f": {said.value}" if said else ""
+
+
+def _interrupted(error: Any) -> bool:
+    """Whether an error of a step comes from the end of the process that runs it."""
+    while error is not None and error.cls_name != "DagsterExecutionInterruptedError":
+        error = error.cause
+    return error is not None
 
 
 def _tracked(tracker: MlflowTracker, made: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:

@@ -24,7 +24,7 @@ from wg_core.errors import ConfigError
 from wg_core.levels.lora_world import LoraWorld
 from wg_defs.cli import app
 from wg_defs.comparison_report import html, markdown
-from wg_defs.train import begin, collect_examples, result_of, tracker_of, train, training_folder
+from wg_defs.train import begin, collect_examples, result_of, tracker_of, train, training_folder, untrained
 
 QUICK = ["--steps", "6", "--lr", "0.02", "--rank", "4", "--samples", "0"]
 
@@ -205,22 +205,25 @@ def hears_interrupts() -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_keeps_what_was_learned(at_home: Tiny) -> None:
-    """Ctrl-C ends with the command that goes on."""
-    command = [sys.executable, "-m", "wg_defs.cli", "train", "tide", "--name", "paused", *QUICK[:-4], "--samples", "0"]
+@pytest.mark.parametrize(("end", "more"), [(signal.SIGINT, []), (signal.SIGTERM, ["--dagster"])])
+def test_an_interrupt_keeps_what_was_learned(at_home: Tiny, end: signal.Signals, more: list[str]) -> None:
+    """03 L-6: Ctrl-C, and a stop of a run through Dagster, end with the command that goes on, and with no more lines."""
+    name = "held" if more else "paused"
+    command = [sys.executable, "-m", "wg_defs.cli", "train", "tide", "--name", name, *QUICK[:-4], "--samples", "0", *more]
     command[command.index("--steps") + 1] = "200"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
     )
-    state = training_folder("tide", "paused") / "training_state" / "state.json"
+    state = training_folder("tide", name) / "training_state" / "state.json"
     until = time.monotonic() + 240
     while not state.is_file() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "wg train tide --name paused --resume" in said
-    assert state.is_file() and not (at_home.root / "worlds" / "paused.yaml").exists()
+    assert process.returncode == 130 and " ".join(["wg train tide --name", name, "--resume", *more]) in said
+    assert "Traceback" not in said and "Stack Trace" not in said
+    assert state.is_file() and not (at_home.root / "worlds" / f"{name}.yaml").exists()
 
 
 def test_too_few_steps_say_how_to_get_more(at_home: Tiny) -> None:
@@ -233,6 +236,36 @@ def test_too_few_steps_say_how_to_get_more(at_home: Tiny) -> None:
     assert wg("train", "tide", "--steps", "1", "--minutes", "1").exit_code == 2
     with pytest.raises(ConfigError, match="rank: Input should be greater than or equal to 1"):
         LoraSettings.of({"name": "x", "rank": 0})
+
+
+def test_wrong_sources_are_read_again_and_forget_nothing(at_home: Tiny) -> None:
+    """03 L-5, L-6: examples that do not pass are not kept; --restart without any, or elsewhere, leaves what is there."""
+    told = " ".join(f"On day {n} the keeper wrote {n} names into the book and lit the lamp." for n in range(90))
+    file = at_home.root / "odd.txt"
+    settings = LoraSettings(name="odd", sources=(str(file),))
+    file.write_text(told + "\n\n" + " ".join(f"Корабль номер {n} стоит под дождём и ждёт утра." for n in range(20)))
+    base, _ = begin(at_home.file, settings, None)
+    _, table, found = collect_examples(base, settings, None)
+    assert [check.name for check in found if not check.passed] == ["script"] and not table.exists()
+    shown = wg("train", "tide", "--name", "odd", "--from", str(file), "--dagster")
+    assert shown.exit_code == 3 and "training_examples: script" in shown.stderr and "'Корабль" in shown.stderr
+    file.write_text(told)
+    _, table, found = collect_examples(base, settings, None)
+    assert all(check.passed for check in found) and table.is_file()
+
+    wrong = settings.model_copy(update={"targets": ("stage:nobody/*",)})
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        begin(at_home.file, settings, None, restart=True)
+    file.write_text(told)
+    with pytest.raises(ConfigError, match="is no part of world 'tide'"):
+        begin(at_home.file, wrong, None, restart=True)
+    assert table.is_file()
+    with pytest.raises(ConfigError, match=r"tide\.yaml exists already; choose another --name$"):
+        begin(at_home.file, settings.model_copy(update={"name": "tide"}), None, restart=True)
+    bare = wg("train", "tide", "--name", "odd", "--from", str(file), "--modules", "nothing*", "--restart")
+    assert bare.exit_code == 2 and "no layer of the blocks to adapt matches nothing*" in bare.stderr
+    assert not table.exists()
 
 
 def test_without_a_tracker_it_trains_all_the_same(at_home: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +289,7 @@ def test_without_a_tracker_it_trains_all_the_same(at_home: Tiny, monkeypatch: py
 
 
 def test_a_base_that_changed_is_refused(at_home: Tiny) -> None:
+    """03 L-2, L-6: a training does not go on over another base; --restart begins on the base as it is now."""
     settings = LoraSettings(name="torn")
     base, settings = begin(at_home.file, settings, None)
     collect_examples(base, settings, None)
@@ -264,5 +298,10 @@ def test_a_base_that_changed_is_refused(at_home: Tiny) -> None:
     try:
         with pytest.raises(ConfigError, match="began on 'tide' as it was"):
             train(at_home.file, settings, tracker=tracker_of(enabled=False))
+        old = untrained(base, settings).save_config(at_home.root / "worlds" / "torn.yaml", base_file="tide.yaml")
+        with pytest.raises(ConfigError, match="that world now has"):
+            World.from_yaml(old)
+        _, begun = begin(at_home.file, settings, None, restart=True)
+        assert begun == settings and not old.exists()
     finally:
         at_home.file.write_text(text)

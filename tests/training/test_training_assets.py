@@ -107,6 +107,19 @@ def test_a_failing_check_stops_the_training(at_home: Tiny) -> None:
         assert f"row {len(rows)} " in str(broken["leaking_texts"]["rows"].value)
 
 
+def test_what_stops_the_process_is_the_reason(at_home: Tiny) -> None:
+    """03 L-6: what the training process says is what the failed step says."""
+    taken = at_home.root / "worlds" / "taken.yaml"
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run(at_home, instance, ["training_examples"], training_examples={**QUICK, "name": "taken"}).success
+        taken.write_text("{}")
+        try:
+            result = run(at_home, instance, ["lora/adapter"])
+        finally:
+            taken.unlink()
+        assert "taken.yaml exists already; choose another --name" in failures(result)[0]
+
+
 def test_a_world_without_a_model_says_so(at_home: Tiny, tmp_path: Path) -> None:
     stub = World.from_template("stub", world_id="mute")
     file = stub.save_config(tmp_path / "mute.yaml")
