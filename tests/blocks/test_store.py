@@ -213,6 +213,21 @@ def test_file_refs_stay_inside_their_roots(store: ModelStore, tmp_path: Path, mo
     assert store.info(f"file:{outside}")["sha256"] == SHA
 
 
+def test_weights_in_several_files_are_hashed_together(store: ModelStore) -> None:
+    """01 F-36: a pin and what adapters were learned on hold for all shards, not for the first alone."""
+    folder = store.root / "mine"
+    folder.mkdir(parents=True)
+    (folder / "model-1.safetensors").write_bytes(WEIGHT)
+    assert store.info("file:mine")["sha256"] == SHA
+    (folder / "model-2.safetensors").write_bytes(WEIGHT[:9])
+    pinned = f"file:mine#sha256={store.info('file:mine')['sha256']}"
+    assert store.pull(pinned) == folder
+    (folder / "model-2.safetensors").write_bytes(WEIGHT[1:10])
+    assert "sha256 differs" in store.verify(pinned)[0]
+    with pytest.raises(CorruptSnapshotError, match="sha256 differs"):
+        store.pull(pinned)
+
+
 def test_missing_catalogue_models_name_the_command(store: ModelStore) -> None:
     for name in catalogue():
         with pytest.raises(MissingModelError, match=f"wg models pull {name}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -84,13 +85,12 @@ class ModelStore:
         path = self.path(ref_or_name)
         folder, ref, _ = self.resolve(ref_or_name)
         if ref.scheme == "file":
-            weight = path if path.is_file() else _weight_file(path)
             return {
                 "name": ref_or_name,
                 "ref": ref_or_name,
                 "path": str(path),
                 "licence": None,
-                "sha256": file_sha256(weight),
+                "sha256": file_sha256(path) if path.is_file() else _weights_sha256(path),
                 "files": {},
             }
         return {**(self._record(folder) or {}), "path": str(path)}
@@ -200,7 +200,7 @@ class ModelStore:
             }
             if ref.scheme == "hf":
                 record["commit"] = hf_snapshot(ref.package, ref.version, out, progress)
-                record["sha256"] = file_sha256(_weight_file(out))
+                record["sha256"] = _weights_sha256(out)
             else:
                 record |= self._unpack(ref, entry, tools, out, progress)
             shutil.rmtree(tools)
@@ -282,11 +282,16 @@ class ModelStore:
         )
 
 
-def _weight_file(folder: Path) -> Path:
+def _weights_sha256(folder: Path) -> str:
+    """Sha256 of the weight file; of several, that of their names and hashes, as `sha256sum` lists them."""
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise MissingModelError(f"{folder} holds no .safetensors file; save the model in that format there")
-    return found[0]
+    hashes = [file_sha256(path) for path in found]
+    if len(found) == 1:
+        return hashes[0]
+    listed = "".join(f"{sha256}  {path.name}\n" for sha256, path in zip(hashes, found, strict=True))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
