@@ -45,10 +45,11 @@ class MlflowTraining:
             self.resumed = run_id is not None
             if run_id is None:
                 run_id = client.create_run(experiment, run_name=f"{self.lora_id} training").info.run_id
-                self._log_params(run_id, params)
                 write_file(self.folder / RUN_FILE, json.dumps({"run_id": run_id, "experiment_id": experiment}).encode())
             else:
                 client.update_run(run_id, status="RUNNING")
+            if not client.get_run(run_id).data.params:  # a new run, or one that was stopped before it had them
+                self._log_params(run_id, params)
             own = {"wg/kind": "training", "wg/world": self.world_id, "wg/lora": self.lora_id}
             self.tracking = {"run_id": run_id, "experiment_id": experiment, "url": self.tracker.url(experiment, run_id)}
             self.tag({**own, **tags})

@@ -51,6 +51,16 @@ def test_a_training_is_one_run_that_goes_on(tracker: MlflowTracker, tmp_path: Pa
     assert [a.path for a in client.list_artifacts(tracking["run_id"], "samples")] == ["samples/before.md"]
 
 
+def test_a_run_that_was_stopped_before_it_had_parameters_gets_them(tracker: MlflowTracker, tmp_path: Path) -> None:
+    """03 L-6: a kill right after the run was made leaves no second run, and none without parameters."""
+    experiment = tracker.experiment("tide")
+    run_id = tracker.client().create_run(experiment).info.run_id
+    (tmp_path / RUN_FILE).write_text(json.dumps({"run_id": run_id, "experiment_id": experiment}))
+    training = MlflowTraining(tracker, "tide", "cut_lora", tmp_path)
+    assert training.start({"lr": 0.001}, {})["run_id"] == run_id and training.finish("FINISHED") == ""
+    assert tracker.client().get_run(run_id).data.params == {"lr": "0.001"}
+
+
 def test_an_adapter_becomes_a_version_and_the_champion(tracker: MlflowTracker, tmp_path: Path) -> None:
     """03 L-6: a registered version with alias and signature, made from the run's artifacts; no pickle among them."""
     adapter = tmp_path / "adapter"

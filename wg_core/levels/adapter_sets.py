@@ -65,9 +65,11 @@ def spots(world: World, entry: AdapterSetEntry, name: str) -> list[Spot]:
         if not why_passed_over(block) and any(_meets(t, path, block) for t in entry.targets):
             found.setdefault(part, []).append(path)
     if not found:
+        met = (block for path, block in uses if any(_meets(t, path, block) for t in entry.targets))
+        reasons = dict.fromkeys(why_passed_over(block) for block in met)
         raise ConfigError(
-            f"adapter set {name!r}: nothing that {', '.join(entry.targets)} chooses in world {world.world_id!r} has "
-            "weights of its own here; name blocks that run locally in torch"
+            f"adapter set {name!r}: nothing that {', '.join(entry.targets)} chooses in world {world.world_id!r} can be "
+            f"adapted: {'; '.join(reasons)}; name blocks that run locally in torch"
         )
     return [Spot(keys[part], blocks[part[1]], tuple(paths)) for part, paths in found.items()]
 
